@@ -1,0 +1,45 @@
+// Argument checks of the compiled modules: a failed check throws with a message that names function and argument.
+#pragma once
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "mmfast/tensor_view.h"
+
+namespace mmfast {
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (!condition) fail(parts...);
+}
+
+// What could corrupt memory if it were wrong: presence, device, dtype and number of dimensions.
+inline void check_tensor(const char* op, const char* name, const TensorView& t, DType dtype, int ndim) {
+  check(t.present(), op, ": ", name, " is missing; expected a tensor");
+  check(t.device == Device::cpu, op, ": ", name, " is not on the CPU; move it there or use another backend");
+  check(t.dtype == dtype, op, ": ", name, " has dtype ", name_of(t.dtype), "; expected ", name_of(dtype));
+  check(t.ndim == ndim, op, ": ", name, " has ", t.ndim, " dimensions; expected ", ndim);
+}
+
+inline void check_size(const char* op, const char* name, const TensorView& t, int dim, int64_t expected) {
+  check(t.size[dim] == expected, op, ": ", name, " has size ", t.size[dim], " in dimension ", dim, "; expected ",
+        expected);
+}
+
+inline void check_last_contiguous(const char* op, const char* name, const TensorView& t) {
+  check(t.ndim > 0 && (t.stride[t.ndim - 1] == 1 || t.size[t.ndim - 1] <= 1), op, ": ", name,
+        " is not contiguous in its last dimension; call .contiguous() on it");
+}
+
+inline void check_contiguous(const char* op, const char* name, const TensorView& t) {
+  check(t.contiguous(), op, ": ", name, " is not contiguous; call .contiguous() on it");
+}
+
+}  // namespace mmfast
