@@ -64,11 +64,16 @@ class BuildNative(build_ext):
         if sys.platform != "linux":
             return self.skip(f"{sys.platform} is not supported yet; Linux is")
         if find_compiler() is None:
-            return self.skip("no C++ compiler was found (tried $CXX, g++, clang++, c++); on Debian: apt-get install g++")
+            return self.skip(
+                "no C++ compiler was found (tried $CXX, g++, clang++, c++); on Debian: apt-get install g++"
+            )
         super().run()
 
     def skip(self, reason: str):
-        print(f"mmfast: the CPU kernels are not built: {reason}. The package works with the reference backend.", file=sys.stderr)
+        print(
+            f"mmfast: the CPU kernels are not built: {reason}. The package works with the reference backend.",
+            file=sys.stderr,
+        )
         self.extensions = []
 
     def build_extension(self, ext):
@@ -106,9 +111,15 @@ def ninja_file(target: Path, python_include: list[str]) -> str:
     import pybind11
 
     includes = [f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc'}"]
-    python = [f"-isystem {path}" for path in (*python_include, sysconfig.get_paths()["include"], pybind11.get_include())]
+    python = [
+        f"-isystem {path}" for path in (*python_include, sysconfig.get_paths()["include"], pybind11.get_include())
+    ]
     names = isas()
-    flags = [*CXXFLAGS, *(f"-DMMFAST_HAS_{name.upper()}" for name in names), *os.environ.get("MMFAST_CXXFLAGS", "").split()]
+    flags = [
+        *CXXFLAGS,
+        *(f"-DMMFAST_HAS_{name.upper()}" for name in names),
+        *os.environ.get("MMFAST_CXXFLAGS", "").split(),
+    ]
     cache = "ccache " if shutil.which("ccache") else ""
     lines = [
         f"cxx = {cache}{find_compiler()}",
@@ -131,7 +142,11 @@ def ninja_file(target: Path, python_include: list[str]) -> str:
     # The widest instruction sets first: they compile longest.
     for name in reversed(names):
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            compile(source, f"{source.stem}.{name}.o", f"-DMMFAST_ISA={name} -DMMFAST_ISA_{name.upper()} {' '.join(names[name])}")
+            compile(
+                source,
+                f"{source.stem}.{name}.o",
+                f"-DMMFAST_ISA={name} -DMMFAST_ISA_{name.upper()} {' '.join(names[name])}",
+            )
     for source in sorted((ROOT / "csrc/bindings").glob("*.cpp")):
         compile(source, f"{source.stem}.binding.o", " ".join(["-O2", *python]))
     lines.append(f"build {target}: link {' '.join(objects)}")

@@ -13,7 +13,8 @@ namespace mmfast {
 // Reads pointer, dtype, device, sizes and strides of a torch.Tensor; None becomes a view without data.
 TensorView view_of(py::handle tensor);
 
-// Threads for this call: torch.get_num_threads() at the time of the last set_num_threads, never more than the machine has.
+// Threads for this call: torch.get_num_threads() at the time of the last set_num_threads, never more than the
+// machine has.
 int num_threads();
 
 void bind_attention(py::module_& m);

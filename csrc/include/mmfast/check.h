@@ -1,4 +1,5 @@
-// Argument checks of the compiled modules: a failed check throws with a message that names function and argument.
+// Argument checks of the compiled modules: a failed check throws with a message that names function and
+// argument.
 #pragma once
 #include <sstream>
 #include <stdexcept>
@@ -29,8 +30,8 @@ inline void check_tensor(const char* op, const char* name, const TensorView& t, 
 }
 
 inline void check_size(const char* op, const char* name, const TensorView& t, int dim, int64_t expected) {
-  check(t.size[dim] == expected, op, ": ", name, " has size ", t.size[dim], " in dimension ", dim, "; expected ",
-        expected);
+  check(t.size[dim] == expected, op, ": ", name, " has size ", t.size[dim], " in dimension ", dim,
+        "; expected ", expected);
 }
 
 inline void check_last_contiguous(const char* op, const char* name, const TensorView& t) {

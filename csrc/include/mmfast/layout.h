@@ -19,7 +19,8 @@ struct LayoutView {
   int32_t first_position(int64_t b) const { return start ? start[b] : 0; }
 };
 
-// Checks what a kernel relies on before it touches memory: dtypes, sizes, and the values of cu_seqlens and seqused.
+// Checks what a kernel relies on before it touches memory: dtypes, sizes, and the values of cu_seqlens and
+// seqused.
 inline LayoutView check_layout(const char* op, const char* side, int64_t total, const TensorView& cu_seqlens,
                                const TensorView& seqused, const TensorView& modality, const TensorView& time,
                                const TensorView& start) {
@@ -52,13 +53,14 @@ inline LayoutView check_layout(const char* op, const char* side, int64_t total, 
         "; expected a row number, usually 0");
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = int64_t(layout.cu_seqlens[b + 1]) - layout.cu_seqlens[b];
-    check(length >= 0, op, ": cu_seqlens", suffix, " decreases at sample ", b, " (", layout.cu_seqlens[b], " to ",
-          layout.cu_seqlens[b + 1], "); it must be the cumulative sum of the lengths");
-    check(!layout.seqused || (layout.seqused[b] >= 0 && layout.seqused[b] <= length), op, ": seqused", suffix, "[", b,
-          "] is ", layout.seqused ? layout.seqused[b] : 0, "; expected 0 to the sample's length ", length);
+    check(length >= 0, op, ": cu_seqlens", suffix, " decreases at sample ", b, " (", layout.cu_seqlens[b],
+          " to ", layout.cu_seqlens[b + 1], "); it must be the cumulative sum of the lengths");
+    check(!layout.seqused || (layout.seqused[b] >= 0 && layout.seqused[b] <= length), op, ": seqused", suffix,
+          "[", b, "] is ", layout.seqused ? layout.seqused[b] : 0, "; expected 0 to the sample's length ",
+          length);
   }
-  check(layout.cu_seqlens[batch] <= total, op, ": cu_seqlens", suffix, " ends at row ", layout.cu_seqlens[batch],
-        ", but the tokens have ", total, " rows");
+  check(layout.cu_seqlens[batch] <= total, op, ": cu_seqlens", suffix, " ends at row ",
+        layout.cu_seqlens[batch], ", but the tokens have ", total, " rows");
   if (layout.modality) {
     for (int64_t t = 0; t < total; ++t) {
       check(layout.modality[t] < 16, op, ": modality", suffix, "[", t, "] is ", int(layout.modality[t]),

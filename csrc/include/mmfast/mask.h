@@ -38,11 +38,16 @@ MMFAST_HOST_DEVICE Rule rule_of(const Mask& mask, int modality_q, int modality_k
 
 MMFAST_HOST_DEVICE bool rule_holds(Rule rule, int32_t time_q, int32_t time_k) {
   switch (rule) {
-    case kFull: return true;
-    case kCausal: return time_k <= time_q;
-    case kPast: return time_k < time_q;
-    case kSame: return time_k == time_q;
-    default: return false;
+    case kFull:
+      return true;
+    case kCausal:
+      return time_k <= time_q;
+    case kPast:
+      return time_k < time_q;
+    case kSame:
+      return time_k == time_q;
+    default:
+      return false;
   }
 }
 
@@ -52,8 +57,8 @@ MMFAST_HOST_DEVICE bool window_holds(const Mask& mask, int32_t position_q, int32
          (mask.window_right < 0 || -distance <= mask.window_right);
 }
 
-MMFAST_HOST_DEVICE bool visible(const Mask& mask, int modality_q, int modality_k, int32_t time_q, int32_t time_k,
-                                int32_t position_q, int32_t position_k) {
+MMFAST_HOST_DEVICE bool visible(const Mask& mask, int modality_q, int modality_k, int32_t time_q,
+                                int32_t time_k, int32_t position_q, int32_t position_k) {
   return rule_holds(rule_of(mask, modality_q, modality_k), time_q, time_k) &&
          window_holds(mask, position_q, position_k);
 }
@@ -62,7 +67,9 @@ MMFAST_HOST_DEVICE bool visible(const Mask& mask, int modality_q, int modality_k
 MMFAST_HOST_DEVICE TileKind classify_rule(Rule rule, const TileSummary& q, const TileSummary& k) {
   bool all, some;
   switch (rule) {
-    case kFull: all = some = true; break;
+    case kFull:
+      all = some = true;
+      break;
     case kCausal:
       all = k.time_max <= q.time_min;
       some = k.time_min <= q.time_max;
@@ -75,7 +82,8 @@ MMFAST_HOST_DEVICE TileKind classify_rule(Rule rule, const TileSummary& q, const
       all = q.time_min == q.time_max && k.time_min == k.time_max && q.time_min == k.time_min;
       some = k.time_min <= q.time_max && q.time_min <= k.time_max;
       break;
-    default: all = some = false;
+    default:
+      all = some = false;
   }
   return all ? kFullTile : some ? kPartial : kSkip;
 }

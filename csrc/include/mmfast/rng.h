@@ -1,5 +1,6 @@
 // Philox4x32-10, the counter-based generator of dropout and random starts: the same numbers on every backend.
-// Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011). Python: reference/philox.py.
+// Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011). Python:
+// reference/philox.py.
 #pragma once
 #include <cstdint>
 
@@ -29,6 +30,8 @@ MMFAST_HOST_DEVICE Philox4 philox(uint64_t seed, uint32_t c0, uint32_t c1, uint3
 }
 
 // Uniform in [0, 1) on a grid of 2^-24, exact in float32.
-MMFAST_HOST_DEVICE float uniform_from(uint32_t bits) { return static_cast<float>(bits >> 8) * 0x1p-24f; }
+MMFAST_HOST_DEVICE float uniform_from(uint32_t bits) {
+  return static_cast<float>(bits >> 8) * 0x1p-24f;
+}
 
 }  // namespace mmfast

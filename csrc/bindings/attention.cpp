@@ -1,0 +1,7 @@
+#include "bindings/binding.h"
+
+namespace mmfast {
+
+void bind_attention(py::module_&) {}
+
+}  // namespace mmfast

@@ -1,0 +1,7 @@
+#include "bindings/binding.h"
+
+namespace mmfast {
+
+void bind_packing(py::module_&) {}
+
+}  // namespace mmfast

@@ -1,0 +1,163 @@
+// Vectors of float32 in the compiler's own vector types: portable, and as wide as the instruction set allows.
+// Include inside kernel files only; everything has internal linkage (see isa.h).
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define MMFAST_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define MMFAST_VECTOR_BYTES 32
+#else
+#define MMFAST_VECTOR_BYTES 16
+#endif
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace mmfast {
+namespace MMFAST_ISA {
+namespace {
+
+constexpr int kLanes = MMFAST_VECTOR_BYTES / 4;
+
+typedef float vf __attribute__((vector_size(MMFAST_VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(MMFAST_VECTOR_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(MMFAST_VECTOR_BYTES)));
+typedef uint16_t vh __attribute__((vector_size(MMFAST_VECTOR_BYTES / 2)));
+
+// Storage of a bfloat16: the upper half of a float32.
+struct bf16 {
+  uint16_t bits;
+};
+
+#define MMFAST_INLINE static inline __attribute__((always_inline))
+
+MMFAST_INLINE vf splat(float x) {
+  return vf{} + x;
+}
+
+MMFAST_INLINE float to_float(float x) {
+  return x;
+}
+MMFAST_INLINE float to_float(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+// Round to nearest even; NaN stays NaN.
+MMFAST_INLINE bf16 to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t((bits >> 16) | 0x40)};
+  return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
+}
+
+MMFAST_INLINE void store_one(float* p, float x) {
+  *p = x;
+}
+MMFAST_INLINE void store_one(bf16* p, float x) {
+  *p = to_bf16(x);
+}
+
+MMFAST_INLINE vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+MMFAST_INLINE void store(float* p, vf v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+MMFAST_INLINE vf load(const bf16* p) {
+  vh half;
+  std::memcpy(&half, p, sizeof half);
+  const vu bits = __builtin_convertvector(half, vu) << 16;
+  return (vf)bits;
+}
+MMFAST_INLINE void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &half, sizeof half);
+#else
+  const vu bits = (vu)v;
+  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vu quiet = (bits >> 16) | 0x40u;
+  const vu nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
+  const vh half = __builtin_convertvector((quiet & nan) | (rounded & ~nan), vh);
+  std::memcpy(p, &half, sizeof half);
+#endif
+}
+
+// The first n < kLanes elements; the others are zero, and are not stored.
+template <typename T>
+MMFAST_INLINE vf load_tail(const T* p, int n) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <typename T>
+MMFAST_INLINE void store_tail(T* p, vf v, int n) {
+  T buffer[kLanes];
+  store(buffer, v);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+MMFAST_INLINE vf select(vi condition, vf a, vf b) {
+  return condition ? a : b;
+}
+MMFAST_INLINE vf vmax(vf a, vf b) {
+  return a > b ? a : b;
+}
+MMFAST_INLINE vf vmin(vf a, vf b) {
+  return a < b ? a : b;
+}
+MMFAST_INLINE vf vabs(vf a) {
+  return (vf)((vu)a & 0x7fffffffu);
+}
+
+// Sums and maxima over lanes in a fixed tree order, so that results do not depend on how a compiler orders
+// them.
+MMFAST_INLINE float sum(vf v) {
+  float lane[kLanes];
+  std::memcpy(lane, &v, sizeof v);
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
+  return lane[0];
+}
+MMFAST_INLINE float max_lane(vf v) {
+  float lane[kLanes];
+  std::memcpy(lane, &v, sizeof v);
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) lane[i] = lane[i] > lane[i + step] ? lane[i] : lane[i + step];
+  return lane[0];
+}
+
+// 2^x for x <= 127, relative error below 3e-7; 0 from about -126 on down, NaN for NaN.
+MMFAST_INLINE vf exp2_approx(vf x) {
+  const vf clamped = vmax(vmin(x, splat(127.0f)), splat(-127.0f));
+  const vf shifted = clamped + splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer in the low bits
+  const vf whole = shifted - splat(12582912.0f);
+  const vf f = clamped - whole;  // in [-0.5, 0.5]
+  vf p = splat(1.5353362e-4f);
+  p = p * f + splat(1.3398874e-3f);
+  p = p * f + splat(9.6184370e-3f);
+  p = p * f + splat(5.5503324e-2f);
+  p = p * f + splat(2.4022648e-1f);
+  p = p * f + splat(6.9314720e-1f);
+  p = p * f + splat(1.0f);
+  const vi exponent = ((vi)shifted - 0x4b400000) << 23;
+  const vf scaled = (vf)((vi)p + exponent);
+  return select(x < splat(-126.0f), splat(0.0f), select(x != x, x, scaled));
+}
+
+MMFAST_INLINE vf exp_approx(vf x) {
+  return exp2_approx(x * splat(1.44269504f));
+}
+
+}  // namespace
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

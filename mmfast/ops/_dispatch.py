@@ -1,0 +1,88 @@
+"""Which backend runs an op, and why another cannot.
+
+An explicit `backend=` beats the environment variable MMFAST_BACKEND (read once, at import), which beats the
+automatic choice. An explicit backend that cannot run raises and says why. The automatic choice falls back to the
+reference with one log line per op and reason, never silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+
+from mmfast import _native
+
+logger = logging.getLogger("mmfast")
+
+BACKENDS = ("cpu", "reference")
+
+_forced: str | None = os.environ.get("MMFAST_BACKEND") or None
+_logged: set[tuple[str, str]] = set()
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None):
+    """Within the context every op without an explicit `backend=` runs on `name`, as with MMFAST_BACKEND."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(op: str, backend: str | None, refusals: dict[str, Callable[[], str | None]]) -> str:
+    """The backend that runs `op`.
+
+    Args:
+        op: name for messages.
+        backend: the caller's explicit choice, or None.
+        refusals: backend name to a function that returns None where it can run, else the reason why not; in order
+            of preference. `reference` needs no entry: it always runs.
+
+    Raises:
+        ValueError: unknown backend name.
+        RuntimeError: the explicit or forced backend cannot run; the message says why.
+    """
+    wanted = backend or _forced
+    if wanted is not None:
+        if wanted not in BACKENDS:
+            source = "backend" if backend else "MMFAST_BACKEND"
+            raise ValueError(f"{op}: {source} is {wanted!r}; expected one of {', '.join(BACKENDS)}")
+        if wanted == "reference":
+            return wanted
+        reason = refusals[wanted]() if wanted in refusals else f"{op} has no such implementation"
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {wanted!r} cannot run: {reason}")
+        return wanted
+    reasons = []
+    for name, refusal in refusals.items():
+        reason = refusal()
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    if not torch.compiler.is_compiling():
+        _log_once(op, "; ".join(reasons))
+    return "reference"
+
+
+def _log_once(op: str, reason: str) -> None:
+    if (op, reason) not in _logged:
+        _logged.add((op, reason))
+        logger.warning("%s runs on the slow reference backend: %s", op, reason)
+
+
+def cpu_refusal(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the CPU kernels cannot take these tensors, or None: module missing, another device, another dtype."""
+    if _native.cpu_refusal is not None:
+        return _native.cpu_refusal
+    for t in tensors:
+        if t.device.type != "cpu":
+            return f"the tensors are on {t.device}, not on the CPU"
+        if t.dtype not in dtypes:
+            return f"dtype {str(t.dtype).removeprefix('torch.')} is not supported by the CPU kernels"
+    return None
