@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -67,6 +68,9 @@ class BuildNative(build_ext):
             return self.skip(
                 "no C++ compiler was found (tried $CXX, g++, clang++, c++); on Debian: apt-get install g++"
             )
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        if not header.exists():
+            return self.skip(f"{header} is missing; on Debian: apt-get install python3-dev")
         super().run()
 
     def skip(self, reason: str):
@@ -106,8 +110,6 @@ def ninja_command() -> list[str]:
 
 def ninja_file(target: Path, python_include: list[str]) -> str:
     """The text of build.ninja: bindings once, every kernel once per instruction set, one link."""
-    import sysconfig
-
     import pybind11
 
     includes = [f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc'}"]

@@ -1,0 +1,70 @@
+# The two commands: `make demo` (the main job, on real data) and `make test`. Each does all the set-up by itself.
+#
+#   make demo [QUICK=1]   set-up, data, training, report in runs/demo/report.html
+#   make test             set-up, every test
+#   make check            format, lint, layering
+#   make bench            set-up, every benchmark (pytest-benchmark)
+#   make format           rewrites the sources in the project's style
+#   make asan             the CPU kernels' tests under AddressSanitizer and UBSan
+#   make clean            removes what was built; data and runs stay
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# An environment of its own, whatever the caller has activated.
+unexport PYTHONPATH
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+
+.PHONY: demo test check bench format asan clean setup
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.built
+	$(BIN)/mmfast demo $(if $(QUICK),--quick) --out runs/demo
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+bench: $(VENV)/.built
+	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+check: $(VENV)/.built
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/python -m pytest tests/test_layering.py
+
+format: $(VENV)/.built
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+setup: $(VENV)/.built
+
+$(VENV)/.environment: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 10) else f"mmfast needs Python 3.10 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch by itself and first: what comes after finds it installed and asks for no other build of it.
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt "setuptools>=77" wheel pybind11 ninja
+	MMFAST_BUILD_CPU=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[data,train,plot,test,dev]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.environment $(NATIVE)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+asan: $(VENV)/.environment
+	MMFAST_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+	  $(BIN)/python setup.py -q build_ext --build-temp build/asan --build-lib build/asan/lib
+	rm -rf build/asan/package && mkdir -p build/asan/package
+	cp -r mmfast build/asan/package/ && cp build/asan/lib/mmfast/_cpu*.so build/asan/package/mmfast/
+	cp -r tests build/asan/package/
+	cd build/asan/package && ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  PYTHONPATH=. $(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" \
+	  tests/test_attention.py tests/test_packing.py tests/test_rotary.py tests/test_perturbation.py tests/test_contrastive.py
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)/.built mmfast/_cpu*.so

@@ -1,0 +1,110 @@
+"""What an sdist, a wheel and an installation must hold, and what happens where no compiler is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+USE_IT = (
+    "import torch, mmfast; layout = mmfast.Layout.from_lengths([3, 0, 5]);"
+    "x = torch.randn(8, 2, 8); out = mmfast.attention(x, x, x, layout); assert out.shape == x.shape;"
+    "print(mmfast.__file__, 'ran')"
+)
+
+
+def run(*command, cwd, **env):
+    environment = {**os.environ, **env}
+    environment.pop("PYTHONPATH", None)
+    environment.update(env)
+    result = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def sources(pattern: str) -> set[str]:
+    """Files below the root that git tracks or would track; without git, all of them."""
+    return {str(p.relative_to(ROOT)) for p in ROOT.glob(pattern) if "__pycache__" not in p.parts}
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    (archive,) = out.glob("mmfast-*.tar.gz")
+    return archive
+
+
+def test_sdist_holds_the_sources(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {"/".join(n.split("/")[1:]) for n in archive.getnames()}
+    wanted = sources("mmfast/**/*.py") | sources("csrc/**/*.cpp") | sources("csrc/**/*.h") | sources("tests/*.py")
+    wanted |= {"setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt"}
+    assert not wanted - names, f"missing from the sdist: {sorted(wanted - names)}"
+    assert not [n for n in names if n.endswith((".so", ".o", ".pyc"))]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_wheel_from_the_sdist_is_complete_and_runs_elsewhere(sdist, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "src", filter="data")
+    (tree,) = (tmp_path / "src").iterdir()
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert not sources("mmfast/**/*.py") - names
+    assert any(n.startswith("mmfast/_cpu") and n.endswith(".so") for n in names)
+    assert not [n for n in names if n.startswith(("tests/", "csrc/", "benchmarks/"))]
+    site = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel, cwd=tmp_path)
+    printed = run(sys.executable, "-c", USE_IT, cwd=tmp_path, PYTHONPATH=str(site))
+    assert str(site) in printed and "reference" not in printed
+
+
+def test_without_a_compiler_the_package_installs_says_so_and_works(sdist, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "src", filter="data")
+    (tree,) = (tmp_path / "src").iterdir()
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--target", site]
+    printed = run(*install, tree, cwd=tmp_path, PATH=str(empty), CXX="")
+    assert "no C++ compiler was found" in printed and "reference backend" in printed
+    printed = run(sys.executable, "-c", USE_IT, cwd=tmp_path, PYTHONPATH=str(site), PATH=str(empty))
+    assert str(site) in printed
+    assert "reference backend" in printed, "falling back must be logged"
+
+
+def test_setup_py_imports_no_torch():
+    assert "import torch" not in (ROOT / "setup.py").read_text()
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="binutils are not installed")
+def test_kernels_of_one_instruction_set_share_nothing_with_another():
+    """A weak symbol outside its own namespace would be merged by the linker and could hold the wrong instructions."""
+    objects = [p for p in (ROOT / "build").rglob("*.o") if p.name.count(".") == 2 and "asan" not in p.parts]
+    objects = [p for p in objects if p.name.split(".")[1] in ("avx2", "avx512", "avx512_bf16")]
+    if not objects:
+        pytest.skip("no object files here: installed without building in place")
+    for path in objects:
+        isa = path.name.split(".")[1]
+        listing = run("nm", "-C", "--defined-only", path, cwd=ROOT).splitlines()
+        for line in listing:
+            kind, name = line.split(maxsplit=2)[1:]
+            own = name.startswith(f"mmfast::{isa}::")
+            assert kind not in "WVu" or own, f"{path.name} defines the shared symbol {name}"
+            assert kind != "T" or own, f"{path.name} exports {name}"
