@@ -113,6 +113,7 @@ def render_svg(text: str, *, max_side: int, name: str = "image"):
             width=max(1, round(width * scale)),
             height=max(1, round(height * scale)),
             background="#ffffff",
+            dpi=96,  # resvg's own default makes sizes given in points zero
             skip_system_fonts=True,
         )
     except (ValueError, RuntimeError) as error:
