@@ -99,7 +99,7 @@ class BatchSampler(Sampler[list[int]]):
             windows = [order[i : i + _WINDOW] for i in range(0, count, _WINDOW)]
             order = np.concatenate([w[np.argsort(self.lengths[w], kind="stable")] for w in windows]) if count else order
         ends = self._ends(order)
-        batches = [order[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        batches = [order[a:b] for a, b in zip([0, *ends], ends, strict=False)]
         if self.drop_last and self.batch_size is not None and batches and len(batches[-1]) < self.batch_size:
             batches.pop()
         if self.bucket and self.shuffle:
