@@ -3,6 +3,7 @@
 from mmfast.layout import Layout
 from mmfast.mask import ModalityMask, Rule
 from mmfast.ops.packing import LayerNorm, Order, Part, RMSNorm, from_padded, pack, to_padded, unpack
+from mmfast.ops.rotary import rotary
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "__version__",
     "from_padded",
     "pack",
+    "rotary",
     "to_padded",
     "unpack",
 ]
