@@ -106,10 +106,6 @@ struct Four {
   __attribute__((always_inline)) float total() const { return sum((v[0] + v[1]) + (v[2] + v[3])); }
 };
 
-MMFAST_INLINE void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
-}
-
 template <typename T>
 MMFAST_INLINE vf get(const T* p, int n) {
   return n == kLanes ? load(p) : load_tail(p, n);
