@@ -22,3 +22,8 @@ __all__ = [
     "to_padded",
     "unpack",
 ]
+from mmfast.ops.attention import attention
+
+__version__ = "0.1.0"
+
+__all__ = ["Layout", "ModalityMask", "Rule", "__version__", "attention"]
