@@ -35,6 +35,12 @@ int64_t parts_of(const ContrastiveParams& p) {
   return larger < 1024 ? 2 : min64(larger / 512, 16);
 }
 
+// Threads that are worth waking for so many products.
+int threads_of(const ContrastiveParams& p, int64_t most) {
+  const int64_t work = 1 + (p.n * p.m >> 10) * p.dim / 4096;
+  return int(min64(min64(p.threads, most), work));
+}
+
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
@@ -262,7 +268,7 @@ void forward(const ContrastiveParams& p) {
   float* row_partial = allocate<float>(p.n * 2 * parts);
   float* column_partial = allocate<float>(p.m * 2 * parts);
   const int64_t longest = chunk(0, parts, p.n).size();
-#pragma omp parallel num_threads(p.threads)
+#pragma omp parallel num_threads(threads_of(p, parts* parts))
   {
     Unit* panel = allocate<Unit>(p.dim * kPanel);
     Unit* pack_scratch = allocate<Unit>(17 * p.dim);
@@ -457,7 +463,7 @@ template <class Units, class T>
 void backward(const ContrastiveParams& p) {
   const int64_t parts = parts_of(p);
   double* partial = new double[parts * parts * 2]();
-#pragma omp parallel num_threads(int(min64(parts, p.threads)))
+#pragma omp parallel num_threads(threads_of(p, parts))
   {
     BackwardScratch<Units> scratch(p.dim);
     for (int64_t turn = 0; turn < parts; ++turn) {
