@@ -135,6 +135,14 @@ const typename Units::Unit* as_units(const T* rows, int64_t n, int64_t dim, type
   }
 }
 
+// A panel of n <= 64 rows, transposed. scratch: 17 * dim units.
+template <class Units, class T>
+void pack_panel(const T* rows, int n, int64_t dim, typename Units::Unit* out, typename Units::Unit* scratch) {
+  for (int j = 0; j < n; j += kGroup)
+    pack_group<Units, T>([&](int i) { return rows + (j + i) * dim; }, n - j < kGroup ? n - j : kGroup, dim,
+                         out + j, scratch);
+}
+
 // out [rows][ld], 64 columns from b: products of rows with one panel.
 template <class Units>
 void multiply_panel(int64_t rows, int columns, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
@@ -217,7 +225,7 @@ void forward_chunk(const ContrastiveParams& p, Range rows, Range columns, float*
   for (int64_t r = 0; r < rows.size(); ++r) row[r] = {splat(initial), splat(0.0f)};
   for (int64_t j = columns.begin; j < columns.end; j += kPanel) {
     const Columns at(p, j, columns.end);
-    pack_transposed<Units, T>({y + j * p.dim, p.dim}, at.valid, p.dim, panel, pack_scratch);
+    pack_panel<Units, T>(y + j * p.dim, at.valid, p.dim, panel, pack_scratch);
     Online column[kPanelVecs];
     for (Online& c : column) c = {splat(kMasked), splat(0.0f)};
     for (int64_t i = rows.begin; i < rows.end; i += kForwardRows) {
@@ -446,8 +454,8 @@ void backward_chunk(const ContrastiveParams& p, Range rows, Range columns, Backw
   for (int64_t j = columns.begin; j < columns.end; j += kBackwardColumns) {
     const Range c{j, min64(j + kBackwardColumns, columns.end)};
     for (int64_t k = 0; k < c.size(); k += kPanel)
-      pack_transposed<Units, T>({y + (j + k) * p.dim, p.dim}, int(min64(kPanel, c.size() - k)), p.dim,
-                                w.y_transposed + k * units, w.pack);
+      pack_panel<Units, T>(y + (j + k) * p.dim, int(min64(kPanel, c.size() - k)), p.dim,
+                           w.y_transposed + k * units, w.pack);
     if (p.dx)
       pack_rows_of<Units, T>([&](int64_t k) { return y + (j + k) * p.dim; }, c.size(), p.dim,
                              kBackwardColumns / pack, w.y_rows);
