@@ -27,3 +27,9 @@ from mmfast.ops.attention import attention
 __version__ = "0.1.0"
 
 __all__ = ["Layout", "ModalityMask", "Rule", "__version__", "attention"]
+from mmfast.ops.contrastive import contrastive_loss
+from mmfast.ops.perturbation import perturb_, random_start_
+
+__version__ = "0.1.0"
+
+__all__ = ["Layout", "ModalityMask", "Rule", "__version__", "contrastive_loss", "perturb_", "random_start_"]
