@@ -2,7 +2,10 @@
 
 from mmfast.layout import Layout
 from mmfast.mask import ModalityMask, Rule
+from mmfast.ops.attention import attention
+from mmfast.ops.contrastive import contrastive_loss
 from mmfast.ops.packing import LayerNorm, Order, Part, RMSNorm, from_padded, pack, to_padded, unpack
+from mmfast.ops.perturbation import perturb_, random_start_
 from mmfast.ops.rotary import rotary
 
 __version__ = "0.1.0"
@@ -16,20 +19,13 @@ __all__ = [
     "RMSNorm",
     "Rule",
     "__version__",
+    "attention",
+    "contrastive_loss",
     "from_padded",
     "pack",
+    "perturb_",
+    "random_start_",
     "rotary",
     "to_padded",
     "unpack",
 ]
-from mmfast.ops.attention import attention
-
-__version__ = "0.1.0"
-
-__all__ = ["Layout", "ModalityMask", "Rule", "__version__", "attention"]
-from mmfast.ops.contrastive import contrastive_loss
-from mmfast.ops.perturbation import perturb_, random_start_
-
-__version__ = "0.1.0"
-
-__all__ = ["Layout", "ModalityMask", "Rule", "__version__", "contrastive_loss", "perturb_", "random_start_"]
