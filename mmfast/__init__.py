@@ -2,6 +2,7 @@
 
 from mmfast.layout import Layout
 from mmfast.mask import ModalityMask, Rule
+from mmfast.ops.attention import attention
 from mmfast.ops.packing import LayerNorm, Order, Part, RMSNorm, from_padded, pack, to_padded, unpack
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "RMSNorm",
     "Rule",
     "__version__",
+    "attention",
     "from_padded",
     "pack",
     "to_padded",
