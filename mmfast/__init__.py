@@ -4,6 +4,7 @@ from mmfast.layout import Layout
 from mmfast.mask import ModalityMask, Rule
 from mmfast.ops.attention import attention
 from mmfast.ops.packing import LayerNorm, Order, Part, RMSNorm, from_padded, pack, to_padded, unpack
+from mmfast.ops.rotary import rotary
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "attention",
     "from_padded",
     "pack",
+    "rotary",
     "to_padded",
     "unpack",
 ]

@@ -7,53 +7,13 @@
 
 #include <cmath>
 #include <cstring>
-#include <new>
 
-#include "cpu/stream.h"
+#include "cpu/rows.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-// Rows are cut into a number of chunks that depends on the batch only, so that sums over rows do not depend
-// on the number of threads.
-constexpr int64_t kMaxChunks = 64;
-constexpr int64_t kRowsPerChunk = 128;
-
-int64_t chunks_of(int64_t rows) {
-  const int64_t chunks = (rows + kRowsPerChunk - 1) / kRowsPerChunk;
-  return chunks < 1 ? 1 : chunks < kMaxChunks ? chunks : kMaxChunks;
-}
-
-int64_t padded(int64_t dim) {
-  return (dim + 15) / 16 * 16;
-}
-
-float* allocate(int64_t n) {
-  return static_cast<float*>(::operator new[](size_t(n) * sizeof(float), std::align_val_t(64)));
-}
-void release(float* p) {
-  ::operator delete[](p, std::align_val_t(64));
-}
-
-// Calls body(i, n) for every vector of a row; n is kLanes but for the last.
-template <typename Body>
-MMFAST_INLINE void for_each_vector(int64_t dim, Body body) {
-  int64_t i = 0;
-  for (; i + kLanes <= dim; i += kLanes) body(i, kLanes);
-  if (i < dim) body(i, int(dim - i));
-}
-template <typename T>
-MMFAST_INLINE vf get(const T* p, int n) {
-  return n == kLanes ? load(p) : load_tail(p, n);
-}
-template <bool kStream, typename T>
-MMFAST_INLINE void set(T* p, vf v, int n) {
-  if (n == kLanes)
-    put<kStream>(p, v);
-  else
-    store_tail(p, v, n);
-}
 // Lanes from n on become zero.
 MMFAST_INLINE vf first_lanes(vf v, int n) {
   if (n == kLanes) return v;
