@@ -102,7 +102,8 @@ class PaddedModel(nn.Module):
         for block in encoder.transformer.blocks:
             x = self._block(block, x, part)
         x = encoder.transformer.norm(x).masked_fill(~part.mask[..., None], 0)
-        return x.float().sum(1) / part.mask.sum(1).clamp(min=1)[:, None]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x.sum(1) / part.mask.sum(1).clamp(min=1)[:, None]
 
     @staticmethod
     def _tokens_image(encoder, part: Padded) -> Tensor:
