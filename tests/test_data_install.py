@@ -131,6 +131,7 @@ def test_deb_with_gzip_and_unknown_compression_without_dpkg(tmp_path, monkeypatc
     [
         ({"../evil": b"x"}, ()),
         ({"package/../../evil": b"x"}, ()),
+        ({"package/deep/../evil": b"x"}, ()),
         ({"/tmp/evil": b"x"}, ()),
         ({"package\\..\\..\\evil": b"x"}, ()),
         ({"c:evil": b"x"}, ()),
