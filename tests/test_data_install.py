@@ -188,7 +188,7 @@ def test_wheels_keep_only_what_is_asked_for_and_stay_inside(tmp_path):
     for evil in ("../evil", "/tmp/evil", "tiny/../../evil"):
         with pytest.raises(UnsafeArchive):
             unpack(make_whl(tmp_path / "b.whl", {evil: b"x"}), tmp_path / "in" / "out")
-    assert not [p for p in tmp_path.rglob("evil")]
+    assert not list(tmp_path.rglob("evil"))
 
 
 def test_a_broken_wheel_is_an_error(tmp_path):
@@ -215,7 +215,7 @@ def test_pip_client(tmp_path, tiny, monkeypatch):
     assert (install("tiny", cache=tmp_path, progress=False) / "files" / "b.txt").read_bytes() == b"2"
     assert "--no-deps" in calls[0] and calls[0][-1] == "some-tiny==1.2.3"
     monkeypatch.setattr(clients_module, "_run", lambda command, folder, **_: (1, "no such package"))
-    with pytest.raises(FetchError, match="pip cannot fetch some-tiny==1.2.3: no such package"):
+    with pytest.raises(FetchError, match=r"pip cannot fetch some-tiny==.*: no such package"):
         install("tiny", cache=tmp_path, progress=False, force=True)
 
 
@@ -230,7 +230,7 @@ def test_a_cut_archive_is_an_error(tmp_path, monkeypatch, kind):
         with pytest.raises((EOFError, tarfile.TarError)):
             unpack(path, tmp_path / "out")
     path.write_bytes(b"<html>not here</html>")
-    with pytest.raises(ValueError, match="neither"):
+    with pytest.raises(ValueError, match=r"is no \.deb, \.tgz or \.whl"):
         unpack(path, tmp_path / "out")
 
 
