@@ -5,9 +5,6 @@ from mmfast.mask import ModalityMask, Rule
 from mmfast.ops.attention import attention
 from mmfast.ops.contrastive import contrastive_loss
 
-__version__ = "0.1.0"
-
-__all__ = ["Layout", "ModalityMask", "Rule", "__version__", "attention"]
 from mmfast.ops.packing import LayerNorm, Order, Part, RMSNorm, from_padded, pack, to_padded, unpack
 from mmfast.ops.perturbation import perturb_, random_start_
 from mmfast.ops.rotary import rotary
