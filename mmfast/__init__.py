@@ -4,7 +4,6 @@ from mmfast.layout import Layout
 from mmfast.mask import ModalityMask, Rule
 from mmfast.ops.attention import attention
 from mmfast.ops.contrastive import contrastive_loss
-
 from mmfast.ops.packing import LayerNorm, Order, Part, RMSNorm, from_padded, pack, to_padded, unpack
 from mmfast.ops.perturbation import perturb_, random_start_
 from mmfast.ops.rotary import rotary
@@ -30,3 +29,12 @@ __all__ = [
     "to_padded",
     "unpack",
 ]
+
+
+def __getattr__(name: str):
+    """The subpackages are imported at their first use: `mmfast.nn`, `mmfast.adversarial`, ..."""
+    if name in ("adversarial", "data", "models", "nn", "plot", "tasks", "train"):
+        import importlib
+
+        return importlib.import_module(f"mmfast.{name}")
+    raise AttributeError(f"module 'mmfast' has no attribute {name!r}")
