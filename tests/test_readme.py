@@ -62,7 +62,7 @@ def test_files_that_the_readme_names_exist():
     named = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(
         r"`((?:mmfast|benchmarks|docs|tests|csrc)/[\w/.]+)`", README
     )
-    named += re.findall(r"python (benchmarks/\S+\.py)", README) + ["CONTRIBUTING.md"]
+    named += [*re.findall(r"python (benchmarks/\S+\.py)", README), "CONTRIBUTING.md"]
     assert named
     for name in named:
         assert (ROOT / name).exists(), f"README names {name}, which does not exist"
