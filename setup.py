@@ -150,7 +150,7 @@ def ninja_file(target: Path, python_include: list[str]) -> str:
                 f"-DMMFAST_ISA={name} -DMMFAST_ISA_{name.upper()} {' '.join(names[name])}",
             )
     for source in sorted((ROOT / "csrc/bindings").glob("*.cpp")):
-        compile(source, f"{source.stem}.binding.o", " ".join(["-O2", *python]))
+        compile(source, f"{source.stem}.binding.o", " ".join(["-O1", *python]))
     lines.append(f"build {target}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
