@@ -145,8 +145,8 @@ class PaddedModel(nn.Module):
 def _rotate(x: Tensor, base: float) -> Tensor:
     """Rotary position embedding in the half-split form. Source: Su et al. 2021, equation 34."""
     half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, dtype=torch.float32) / half)
-    angle = torch.arange(x.shape[-2], dtype=torch.float32)[:, None] * frequency
+    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
