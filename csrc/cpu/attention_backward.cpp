@@ -150,9 +150,11 @@ struct Backward {
       w.bounds_set[c] = 0;
       if (!is_trivial) w.summaries[c] = summarize(side_k, key + c * kPanel, key + c * kPanel + width);
       pack_transposed<Units>(Rows<T>{k.data + c * kPanel * k.stride, k.stride}, width, p.dim,
-                             w.keys_t + c * kPanel * units, w.scratch);
+                             w.keys_t + c * kPanel * units, w.scratch,
+                             Rows<T>{v.data + c * kPanel * v.stride, v.stride});
       pack_transposed<Units>(Rows<T>{v.data + c * kPanel * v.stride, v.stride}, width, p.dim,
-                             w.values_t + c * kPanel * units, w.scratch);
+                             w.values_t + c * kPanel * units, w.scratch,
+                             Rows<T>{v.data + c * kPanel * v.stride, v.stride});
     }
     pack_rows_of<Units, T>([&](int64_t i) { return k.data + i * k.stride; }, n, p.dim, kScores / Units::kPack,
                            w.keys);

@@ -164,8 +164,7 @@ struct Forward {
         w.summaries[panel] = summarize(side_k, begin + j, begin + j + n);
         if (classify(p.mask, all, w.summaries[panel]) == kSkip) continue;
       }
-      pack_transposed<Units>(Rows<T>{k.data + j * k.stride, k.stride}, n, p.dim,
-                             w.keys + panel * units * kPanel, w.scratch);
+      pack_transposed<Units>(Rows<T>{k.data + j * k.stride, k.stride}, n, p.dim, w.keys + panel * units * kPanel, w.scratch, Rows<T>{v.data + j * v.stride, v.stride});
       pack_rows_of<Units, T>([&](int64_t i) { return v.data + (j + i) * v.stride; }, n, p.dim,
                              capacity / Units::kPack, w.values + j / Units::kPack * kPanel);
     }
