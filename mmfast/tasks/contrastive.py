@@ -1,0 +1,95 @@
+"""Contrastive learning of two modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mmfast
+from mmfast.tasks.batch import Batch, need
+from mmfast.tasks.retrieval import embed, retrieval
+
+
+class Contrastive:
+    """InfoNCE or the sigmoid loss between two modalities; samples of one id are positives, never negatives.
+
+    Args:
+        first, second: the two modalities.
+        kind: "infonce" (Radford et al. 2021, CLIP) or "sigmoid" (Zhai et al. 2023, SigLIP; needs `model.logit_bias`).
+        within: weight of the supervised contrastive loss inside the first modality (samples of one id attract: two
+            artists of one concept); 0 leaves it out.
+        within_scale: its scale (1 / temperature).
+
+    The model gives pooled features by modality, `project(name, pooled)` unit vectors and `logit_scale`, the logarithm
+    of the scale.
+    """
+
+    def __init__(
+        self,
+        first: str = "image",
+        second: str = "text",
+        *,
+        kind: str = "infonce",
+        within: float = 0.0,
+        within_scale: float = 10.0,
+    ):
+        if kind not in ("infonce", "sigmoid"):
+            raise ValueError(f"Contrastive: kind is {kind!r}, expected 'infonce' or 'sigmoid'")
+        self.first, self.second, self.kind = first, second, kind
+        self.within, self.within_scale = within, within_scale
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict]:
+        """The batch's loss and figures."""
+        return self.loss_of(model, model(batch.inputs), batch)
+
+    def loss_of(self, model: nn.Module, features: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, dict]:
+        """As `loss`, from the model's pooled features."""
+        ids = need(batch, "ids", "Contrastive")
+        # Unit vectors and their products stay in float32: a scale of 50 would magnify bfloat16's rounding.
+        with torch.autocast(ids.device.type, enabled=False):
+            x, y = (model.project(name, features[name].float()) for name in (self.first, self.second))
+            scale = model.logit_scale.float().exp()
+            bias = model.logit_bias.float() if self.kind == "sigmoid" else None
+            loss = mmfast.contrastive_loss(x, y, scale=scale, kind=self.kind, bias=bias, ids=ids)
+            figures = {"contrastive": loss.detach(), "scale": scale.detach()}
+            if self.within:
+                inside = supervised_contrastive(x, ids, self.within_scale)
+                figures["within"] = inside.detach()
+                loss = loss + self.within * inside
+        with torch.no_grad():
+            best = (x @ y.T).argmax(1)
+            figures["accuracy"] = 100 * (ids[best] == ids).float().mean()
+        return loss, figures
+
+    def evaluate(self, model: nn.Module, first: Iterable[Batch], second: Iterable[Batch] | None = None) -> dict:
+        """Retrieval figures of both directions: see `mmfast.tasks.retrieval`.
+
+        Args:
+            first: batches with the first modality.
+            second: batches with the second; default the same samples.
+        """
+        first = list(first)
+        x, x_ids = embed(model, first, self.first)
+        y, y_ids = embed(model, first if second is None else second, self.second)
+        return retrieval(x, y, x_ids, y_ids, (self.first, self.second))
+
+
+def supervised_contrastive(x: Tensor, ids: Tensor, scale: float | Tensor) -> Tensor:
+    """Mean over samples i that have a partner of `-mean_{p in P(i)} log softmax_{a != i}(scale x_i x_a)_p`.
+
+    P(i) are the other samples with the id of i. Zero where no sample has a partner.
+
+    Args:
+        x: unit vectors `[N, D]`. ids: int64 `[N]`. scale: 1 / temperature.
+
+    Source: Khosla et al. 2020, "Supervised Contrastive Learning", equation 2.
+    """
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    logits = (scale * (x @ x.T)).masked_fill(itself, -torch.inf)
+    partner = (ids[:, None] == ids[None, :]) & ~itself
+    count = partner.sum(1)
+    each = -F.log_softmax(logits, 1).masked_fill(~partner, 0).sum(1) / count.clamp(min=1)
+    return each.sum() / (count > 0).sum().clamp(min=1)
