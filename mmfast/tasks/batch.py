@@ -48,3 +48,8 @@ def need(batch: Batch, field: str, task: str) -> Tensor:
     if value is None:
         raise ValueError(f"{task}: the batch has no {field}, expected int64 [{batch.size}]; set them in the collate")
     return value
+
+
+def present(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """bool `[B]` by modality: whether a sample has it; inputs without `lengths` are always there and left out."""
+    return {name: x.lengths > 0 for name, x in inputs.items() if hasattr(x, "lengths")}

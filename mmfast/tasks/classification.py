@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfast.tasks.batch import Batch, need
+from mmfast.tasks.batch import Batch, need, present
 
 
 class Classification(nn.Module):
@@ -18,7 +18,8 @@ class Classification(nn.Module):
         classes: number of classes.
         dim: width of what the classifier reads.
         modalities: which pooled features it reads; more than one needs `fusion`.
-        fusion: module from a mapping name -> `[B, D]` to `[B, dim]` (`mmfast.nn.ConcatFusion` and others).
+        fusion: module from a mapping name -> `[B, D]`, and a mapping of who has what, to `[B, dim]`
+            (`mmfast.nn.ConcatFusion` and others).
         joint: read `model.forward_joint(inputs)` instead (the model has a backbone).
         dropout: on what the classifier reads.
         label_smoothing: of the cross-entropy.
@@ -51,12 +52,16 @@ class Classification(nn.Module):
         """Class scores `[B, classes]` of a model's inputs; what attacks differentiate."""
         if self.joint:
             return self.head(self.dropout(model.forward_joint(inputs)))
-        return self.logits_of(model({name: inputs[name] for name in self.modalities}))
+        chosen = {name: inputs[name] for name in self.modalities}
+        return self.logits_of(model(chosen), present(chosen))
 
-    def logits_of(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Class scores `[B, classes]` from pooled features."""
+    def logits_of(self, features: Mapping[str, Tensor], here: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Class scores `[B, classes]` from pooled features; `here[name]` bool `[B]` says which samples have them."""
         chosen = {name: features[name] for name in self.modalities}
-        fused = self.fusion(chosen) if self.fusion is not None else chosen[self.modalities[0]]
+        if self.fusion is None:
+            fused = chosen[self.modalities[0]]
+        else:
+            fused = self.fusion(chosen, {name: x for name, x in (here or {}).items() if name in chosen})
         return self.head(self.dropout(fused))
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict]:
@@ -67,7 +72,7 @@ class Classification(nn.Module):
         """As `loss`, from the model's pooled features."""
         if self.joint:
             return self.loss(model, batch)
-        return self._loss(self.logits_of(features), batch)
+        return self._loss(self.logits_of(features, present(batch.inputs)), batch)
 
     def _loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, dict]:
         labels = need(batch, "labels", "Classification")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmfast
-from mmfast.tasks.batch import Batch, need
+from mmfast.tasks.batch import Batch, need, present
 from mmfast.tasks.retrieval import embed, retrieval
 
 
@@ -22,6 +22,8 @@ class Contrastive:
         within: weight of the supervised contrastive loss inside the first modality (samples of one id attract: two
             artists of one concept); 0 leaves it out.
         within_scale: its scale (1 / temperature).
+
+    Samples that lack one of the two modalities are left out.
 
     The model gives pooled features by modality, `project(name, pooled)` unit vectors and `logit_scale`, the logarithm
     of the scale.
@@ -51,6 +53,7 @@ class Contrastive:
         # Unit vectors and their products stay in float32: a scale of 50 would magnify bfloat16's rounding.
         with torch.autocast(ids.device.type, enabled=False):
             x, y = (model.project(name, features[name].float()) for name in (self.first, self.second))
+            x, y, ids = self._both(batch, x, y, ids)
             scale = model.logit_scale.float().exp()
             bias = model.logit_bias.float() if self.kind == "sigmoid" else None
             loss = mmfast.contrastive_loss(x, y, scale=scale, kind=self.kind, bias=bias, ids=ids)
@@ -60,9 +63,19 @@ class Contrastive:
                 figures["within"] = inside.detach()
                 loss = loss + self.within * inside
         with torch.no_grad():
+            if not len(ids):
+                return loss, figures
             best = (x @ y.T).argmax(1)
             figures["accuracy"] = 100 * (ids[best] == ids).float().mean()
         return loss, figures
+
+    def _both(self, batch: Batch, x: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows that have both modalities."""
+        here = [h for name, h in present(batch.inputs).items() if name in (self.first, self.second)]
+        if not here or all(bool(h.all()) for h in here):
+            return x, y, ids
+        rows = torch.stack(here).all(0)
+        return x[rows], y[rows], ids[rows]
 
     def evaluate(self, model: nn.Module, first: Iterable[Batch], second: Iterable[Batch] | None = None) -> dict:
         """Retrieval figures of both directions: see `mmfast.tasks.retrieval`.

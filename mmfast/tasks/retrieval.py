@@ -56,7 +56,7 @@ def chance(query_ids: Tensor, candidate_ids: Tensor, at: int = 1) -> float:
 def retrieval(
     x: Tensor, y: Tensor, x_ids: Tensor, y_ids: Tensor, names: tuple[str, str] = ("image", "text")
 ) -> dict[str, float]:
-    """Figures of both directions.
+    """Figures of both directions. What has no right partner is a candidate, but no query.
 
     Args:
         x, y: embeddings `[N, D]`, `[M, D]`.
@@ -72,6 +72,8 @@ def retrieval(
         (names[::-1], (y, x), (y_ids, x_ids)),
     ):
         direction = f"{a}->{b}"
+        has_partner = torch.isin(q_ids, c_ids)
+        q, q_ids = q[has_partner], q_ids[has_partner]
         out |= {f"{direction} {k}": v for k, v in recall(ranks(q, c, q_ids, c_ids)).items()}
         out |= {f"{direction} candidates": len(c), f"{direction} chance R@1": chance(q_ids, c_ids)}
     return out

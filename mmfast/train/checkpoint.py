@@ -1,7 +1,7 @@
 """Checkpoints: one folder per step, written whole or not at all, never pickled.
 
-    step-00000300/model.safetensors      weights of the model and of the task's own modules
-    step-00000300/training.safetensors   optimiser moments, averaged weights, states of the random number generators
+    step-00000300/model.safetensors      weights of the model and of the task's own modules, ready for use
+    step-00000300/training.safetensors   optimiser moments, weights before averaging, random number generators
     step-00000300/state.json             step, settings, recipe, state of the batches, SHA-256 of the two files
 
 The folder is written under another name and put in place with one rename, so a run that dies while writing leaves the
@@ -196,6 +196,11 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], *, what: str, st
     return sorted(set(own) - set(fits))
 
 
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one module of `module_tensors`, by the module's own names."""
+    return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+
+
 # The optimiser and the random numbers, as tensors
 
 
@@ -227,7 +232,7 @@ def load_optimizer(
 
 def random_tensors() -> dict[str, Tensor]:
     """States of the random number generators of torch, NumPy and Python."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002: the global generator is what is saved
+    _, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
     version, words, python_gauss = random.getstate()
     states = {
         "random/torch": torch.get_rng_state(),

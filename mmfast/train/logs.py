@@ -21,7 +21,7 @@ class RunLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(self.path) if line["step"] <= step] if step else []
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115: closed by close()
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self._events = _events(Path(folder) / "tensorboard", step) if tensorboard else None
 
     def write(self, step: int, **values: float) -> None:

@@ -199,10 +199,17 @@ class Trainer:
     # Checkpoints
 
     def save(self) -> Path:
-        """Write a checkpoint of this step. Its model tensors are the trained ones; averaged ones stand beside."""
+        """Write a checkpoint of this step.
+
+        Its model tensors are the ones to use: the averaged ones, where there are any; then those in training stand
+        beside, as "raw/...".
+        """
         training = ckpt.optimizer_tensors(self.optimizer, self.names) | ckpt.random_tensors()
+        model = ckpt.module_tensors(self.modules.items())
         for name, average in self.ema.items():
-            training |= {f"ema/{name}.{k}": v for k, v in average.values.items()}
+            for k, value in average.values.items():
+                training[f"raw/{name}.{k}"] = model[f"{name}.{k}"]
+                model[f"{name}.{k}"] = value
         state = {
             "config": self.config.to_json(),
             "recipe": self.recipe,
@@ -210,7 +217,6 @@ class Trainer:
             "skipped": self.skipped,
             "ema_updates": next((a.updates for a in self.ema.values()), 0),
         }
-        model = ckpt.module_tensors(self.modules.items())
         return ckpt.save_checkpoint(self.out / "checkpoints", self.step, model, training, state, keep=self.config.keep)
 
     def resume(self) -> bool:
@@ -220,13 +226,13 @@ class Trainer:
         model, training, state = ckpt.load_checkpoint(self.out)
         self._check_same_run(state)
         for name, module in self.modules.items():
-            mine = {k.removeprefix(f"{name}."): v for k, v in model.items() if k.startswith(f"{name}.")}
-            ckpt.load_weights(module, mine, what=f"{self.out}'s {name}")
+            for k, value in self.ema[name].values.items() if self.ema else ():
+                value.copy_(model[f"{name}.{k}"])
+                model[f"{name}.{k}"] = training[f"raw/{name}.{k}"]
+            ckpt.load_weights(module, ckpt.under(name, model), what=f"{self.out}'s {name}")
         ckpt.load_optimizer(self.optimizer, self.names, training)
-        for name, average in self.ema.items():
+        for average in self.ema.values():
             average.updates = state["ema_updates"]
-            for k, value in average.values.items():
-                value.copy_(training[f"ema/{name}.{k}"])
         self.batches.load_state_dict(state["batches"])
         self.step, self.skipped = state["step"], state["skipped"]
         ckpt.load_random(training)
