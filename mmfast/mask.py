@@ -154,21 +154,12 @@ class ModalityMask:
         layout_k = layout_q if layout_k is None else layout_k
         if layout_k.batch != layout_q.batch:
             raise ValueError(f"ModalityMask: layout_q has {layout_q.batch} samples, layout_k {layout_k.batch}")
-        rules = torch.tensor(unpack_table(self.table(layout_q.names, layout_k.names)), device=layout_q.device)
-        rule = rules[layout_q.modalities().long()[:, None], layout_k.modalities().long()[None, :]]
-        time_q, time_k = layout_q.times().long()[:, None], layout_k.times().long()[None, :]
-        seen = (
-            (rule == Rule.FULL)
-            | ((rule == Rule.CAUSAL) & (time_k <= time_q))
-            | ((rule == Rule.PAST) & (time_k < time_q))
-            | ((rule == Rule.SAME) & (time_k == time_q))
+        seen = rule_holds(
+            self.table(layout_q.names, layout_k.names),
+            self.window,
+            *(x[:, None] for x in (layout_q.modalities(), layout_q.times(), layout_q.positions())),
+            *(x[None, :] for x in (layout_k.modalities(), layout_k.times(), layout_k.positions())),
         )
-        distance = layout_q.positions().long()[:, None] - layout_k.positions().long()[None, :]
-        left, right = self.window
-        if left >= 0:
-            seen &= distance <= left
-        if right >= 0:
-            seen &= -distance <= right
         sample_q, sample_k = layout_q.samples()[:, None], layout_k.samples()[None, :]
         return seen & (sample_q == sample_k) & (sample_q < layout_q.batch)
 
@@ -185,6 +176,35 @@ class ModalityMask:
 def unpack_table(table: Sequence[int]) -> list[list[int]]:
     """16 x 16 rules from the packed form."""
     return [[(row >> (3 * k)) & 7 for k in range(MAX_MODALITIES)] for row in table]
+
+
+def rule_holds(
+    table: Sequence[int],
+    window: tuple[int, int],
+    modality_q: Tensor,
+    time_q: Tensor,
+    position_q: Tensor,
+    modality_k: Tensor,
+    time_k: Tensor,
+    position_k: Tensor,
+) -> Tensor:
+    """bool: where rule and window let the query see the key, both of one sample; the arguments broadcast."""
+    rules = torch.tensor(unpack_table(table), device=modality_q.device)
+    rule = rules[modality_q.long(), modality_k.long()]
+    time_q, time_k = time_q.long(), time_k.long()
+    seen = (
+        (rule == Rule.FULL)
+        | ((rule == Rule.CAUSAL) & (time_k <= time_q))
+        | ((rule == Rule.PAST) & (time_k < time_q))
+        | ((rule == Rule.SAME) & (time_k == time_q))
+    )
+    distance = position_q.long() - position_k.long()
+    left, right = window
+    if left >= 0:
+        seen &= distance <= left
+    if right >= 0:
+        seen &= -distance <= right
+    return seen
 
 
 def _rule(value: Rule | str | int) -> Rule:

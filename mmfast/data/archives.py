@@ -22,6 +22,10 @@ from typing import IO
 AR_MAGIC = b"!<arch>\n"
 
 
+# What reading a damaged or cut archive can raise.
+BROKEN = (EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zlib.error)
+
+
 class UnsafeArchive(ValueError):
     """An archive that would write outside its folder, or more than its recipe allows."""
 
@@ -93,6 +97,11 @@ def extract_tar(
             if out.stat().st_size != member.size:
                 raise EOFError(f"unpack: {member.name!r} is cut short")
             written += 1
+    # What follows the tar's end carries the compressor's checksum: read it, so that a cut archive is noticed.
+    while chunk := stream.read(1 << 16):
+        total += len(chunk)
+        if total > 2 * max_bytes:
+            raise UnsafeArchive(f"unpack: more than {max_bytes} bytes follow the end of the archive")
     return written
 
 
@@ -186,9 +195,6 @@ def _deb_tar_dpkg(path: Path) -> Iterator[IO[bytes]]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             yield process.stdout
-            # The tar ends before the pipe does: drain it, so that dpkg-deb ends by itself.
-            while process.stdout.read(1 << 16):
-                pass
             error = process.stderr.read().decode("utf-8", "replace").strip()
         except BaseException:
             process.kill()

@@ -137,7 +137,7 @@ EMOJI = DataSet(
 
 STAMPS = DataSet(
     name="stamps",
-    summary="about 790 clip-art images of 16 classes, captions in 78 languages, about 7,400 spoken captions (2.8 h)",
+    summary="about 790 clip-art images of 16 classes, captions in 78 languages, about 6,200 spoken captions (2.5 h)",
     packages=(
         Package(
             "files",

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .archives import unpack
+from .archives import BROKEN, UnsafeArchive, unpack
 from .catalog import SETS, DataSet, Package
 from .clients import CLIENTS
 
@@ -170,9 +170,11 @@ def _install_package(recipe: DataSet, package: Package, root: Path, force: bool,
         try:
             unpack(archive, fresh, **limits)
             record = _check(package, fresh, archive)
-        except BaseException:
+        except BaseException as error:
             if ours:
                 archive.unlink(missing_ok=True)  # a broken download must not be taken up again
+            if isinstance(error, BROKEN) and not isinstance(error, UnsafeArchive):
+                raise InstallError(f"install: {archive.name} is broken ({error}); delete it and try again") from error
             raise
         (fresh / MARKER).write_text(json.dumps(record, indent=1) + "\n")
         fresh.chmod(0o755)

@@ -106,19 +106,19 @@ def render_svg(text: str, *, max_side: int, name: str = "image"):
     if len(text) > MAX_SVG_BYTES:
         raise ValueError(f"render_svg: {name} has {len(text)} characters, expected at most {MAX_SVG_BYTES}")
     width, height = _svg_size(text)
-    scale = max_side / max(width, height)
+    # Given both, resvg follows the width and rounds the height its own way.
+    longer = {"width": max_side} if width >= height else {"height": max_side}
     try:
         png = resvg.svg_to_bytes(
             svg_string=text,
-            width=max(1, round(width * scale)),
-            height=max(1, round(height * scale)),
+            **longer,
             background="#ffffff",
             dpi=96,  # resvg's own default makes sizes given in points zero
             skip_system_fonts=True,
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"render_svg: {name} cannot be used: {error}") from error
-    return pillow.open(io.BytesIO(bytes(png))).convert("RGB")
+    return fit(pillow.open(io.BytesIO(bytes(png))).convert("RGB"), max_side)
 
 
 def to_tensor(image) -> torch.Tensor:

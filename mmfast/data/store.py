@@ -9,6 +9,12 @@ from pathlib import Path
 import torch
 
 
+def _file_mode() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 def save(stem: Path, tensors: dict[str, torch.Tensor], texts: dict) -> None:
     """Write `stem`.safetensors and `stem`.json; the JSON goes last, so its presence means that both are whole."""
     from safetensors.torch import save_file
@@ -17,6 +23,7 @@ def save(stem: Path, tensors: dict[str, torch.Tensor], texts: dict) -> None:
         scratch = stem.with_name(f".{stem.name}{suffix}.{os.getpid()}")
         try:
             write(scratch)
+            scratch.chmod(_file_mode())  # safetensors writes files that only their owner can read
             os.replace(scratch, stem.with_name(stem.name + suffix))
         finally:
             scratch.unlink(missing_ok=True)
