@@ -314,7 +314,7 @@ def test_averaged_weights_are_swapped_in_and_out():
     trainer = make(None, steps=5)
     trainer.fit()
     before = weights(trainer)
-    with trainer.averaged():
+    with trainer.evaluating():
         assert not torch.equal(weights(trainer)["model.norm.weight"], before["model.norm.weight"])
         assert not trainer.model.training
     assert_same(before, weights(trainer))

@@ -86,6 +86,7 @@ class Classification(nn.Module):
         right = total = 0
         count = torch.zeros(self.classes, dtype=torch.int64)
         for batch in batches:
+            batch = batch.to(self.head.weight.device)
             labels = need(batch, "labels", "Classification")
             right += int((self.logits(model, batch.inputs).argmax(1) == labels).sum())
             count += torch.bincount(labels.cpu(), minlength=self.classes)

@@ -56,6 +56,8 @@ class Contrastive:
             x, y, ids = self._both(batch, x, y, ids)
             scale = model.logit_scale.float().exp()
             bias = model.logit_bias.float() if self.kind == "sigmoid" else None
+            if not len(ids):  # nobody has both: zero, with zero gradients
+                return 0 * (x.sum() + y.sum() + scale), {"contrastive": x.new_zeros(())}
             loss = mmfast.contrastive_loss(x, y, scale=scale, kind=self.kind, bias=bias, ids=ids)
             figures = {"contrastive": loss.detach(), "scale": scale.detach()}
             if self.within:
@@ -63,8 +65,6 @@ class Contrastive:
                 figures["within"] = inside.detach()
                 loss = loss + self.within * inside
         with torch.no_grad():
-            if not len(ids):
-                return loss, figures
             best = (x @ y.T).argmax(1)
             figures["accuracy"] = 100 * (ids[best] == ids).float().mean()
         return loss, figures

@@ -83,7 +83,9 @@ def retrieval(
 def embed(model: nn.Module, batches: Iterable[Batch], modality: str) -> tuple[Tensor, Tensor]:
     """Unit vectors of one modality over all batches, float32 `[N, D]`, and the samples' ids."""
     vectors, ids = [], []
+    device = model.logit_scale.device
     for batch in batches:
+        batch = batch.to(device)
         pooled = model({modality: batch.inputs[modality]})[modality]
         vectors.append(model.project(modality, pooled).float())
         ids.append(need(batch, "ids", "embed"))

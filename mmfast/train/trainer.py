@@ -177,19 +177,23 @@ class Trainer:
         return read_log(self.out) if self.out else lines
 
     def run_evaluation(self) -> dict:
-        """`evaluate` in eval mode, without gradients, on the averaged weights where there are any."""
-        with self.averaged(), torch.no_grad():
+        """The figures of `evaluate`, under `evaluating`."""
+        with self.evaluating():
             return self.evaluate(self.model)
 
     @contextlib.contextmanager
-    def averaged(self):
-        """Within the context model and task are in eval mode and have the averaged weights, where there are any."""
+    def evaluating(self):
+        """Within the context model and task are in eval mode, have the averaged weights, where there are any, and
+        compute in the training's precision without gradients.
+        """
         training = {name: module.training for name, module in self.modules.items()}
         with contextlib.ExitStack() as stack:
             for name, average in self.ema.items():
                 stack.enter_context(average.swapped_in(self.modules[name]))
             for module in self.modules.values():
                 module.eval()
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(autocast(self.config.amp, self.device))
             try:
                 yield
             finally:

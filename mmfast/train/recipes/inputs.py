@@ -29,9 +29,7 @@ def square_images(pixels: Tensor) -> ImageInput:
     if not pixels.is_floating_point():
         pixels = pixels.float() / 255
     count = len(pixels)
-    return ImageInput(
-        normalise(pixels), torch.ones(count, dtype=torch.int32), torch.zeros(count, 2, dtype=torch.int32)
-    )
+    return ImageInput(normalise(pixels), torch.ones(count, dtype=torch.int32), torch.zeros(count, 2, dtype=torch.int32))
 
 
 def cut_regions(image: Tensor, size: int, longest: int) -> tuple[Tensor, Tensor]:

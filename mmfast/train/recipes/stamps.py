@@ -32,6 +32,7 @@ class StampsRecipe:
             on the same backbone, with losses weighted so.
         encoders: widths and depths of the encoders; those of the checkpoint that the weights come from.
         audio_depth: transformer layers over speech.
+        languages: of the speech.
         region, longest: pictures are cut into regions of this side; their longer side is at most `longest` pixels.
         batch_size: stamps per step.
         dropout, label_smoothing: of the classifier.
@@ -43,6 +44,7 @@ class StampsRecipe:
     multitask: str = "none"
     encoders: EmojiRecipe = dataclasses.field(default_factory=EmojiRecipe)
     audio_depth: int = 2
+    languages: tuple[str, ...] = ()
     region: int = 32
     longest: int = 96
     batch_size: int = 64
@@ -52,6 +54,7 @@ class StampsRecipe:
 
     def __post_init__(self):
         object.__setattr__(self, "modalities", tuple(self.modalities))
+        object.__setattr__(self, "languages", tuple(self.languages))
         if isinstance(self.encoders, dict):
             object.__setattr__(self, "encoders", EmojiRecipe(**self.encoders))
         if not self.modalities or any(m not in MODALITIES for m in self.modalities):
@@ -66,7 +69,7 @@ class StampsRecipe:
             raise ValueError("StampsRecipe: multitask needs at least two modalities to retrieve between")
 
     def to_json(self) -> dict:
-        return {**dataclasses.asdict(self), "modalities": list(self.modalities)}
+        return {**dataclasses.asdict(self), "modalities": list(self.modalities), "languages": list(self.languages)}
 
     def model(self) -> MultimodalModel:
         """The untrained model; seed torch before."""
@@ -79,7 +82,7 @@ class StampsRecipe:
     def task(self, classes: int) -> Classification | MultiTask:
         """The 16 classes, alone or beside retrieval."""
         dim = self.encoders.dim
-        fusion = FUSIONS[self.fusion]({name: dim for name in self.modalities}, dim) if self.fusion else None
+        fusion = FUSIONS[self.fusion](dict.fromkeys(self.modalities, dim), dim) if self.fusion else None
         classification = Classification(
             classes, dim, self.modalities, fusion=fusion, dropout=self.dropout, label_smoothing=self.label_smoothing
         )
@@ -100,7 +103,9 @@ class StampsData:
 
     def __init__(self, stamps: StampSet, recipe: StampsRecipe):
         if "audio" in recipe.modalities and not stamps.clips:
-            raise ValueError("StampsRecipe: modalities name audio, but the set has no clips; use load_stamps(speech=True)")
+            raise ValueError(
+                "StampsRecipe: modalities name audio, but the set has no clips; use load_stamps(speech=True)"
+            )
         self.stamps, self.recipe = stamps, recipe
         self.texts = recipe.encoders.tokenizer()(stamps.caption)
         first: dict[str, int] = {}
@@ -185,7 +190,9 @@ class StampsData:
         inputs = dict(batch.inputs)
         for name in names:
             inputs[name] = _select(inputs[name], keep)
-        return dataclasses.replace(batch, inputs={n: inputs[n] for n in names}, size=int(keep.sum()), ids=batch.ids[keep])
+        return dataclasses.replace(
+            batch, inputs={n: inputs[n] for n in names}, size=int(keep.sum()), ids=batch.ids[keep]
+        )
 
 
 def _select(x, keep: Tensor):
