@@ -131,6 +131,7 @@ def test_deb_with_gzip_and_unknown_compression_without_dpkg(tmp_path, monkeypatc
     [
         ({"../evil": b"x"}, ()),
         ({"package/../../evil": b"x"}, ()),
+        ({"package/deep/../evil": b"x"}, ()),
         ({"/tmp/evil": b"x"}, ()),
         ({"package\\..\\..\\evil": b"x"}, ()),
         ({"c:evil": b"x"}, ()),
@@ -363,3 +364,39 @@ def test_recipes_name_no_registry_and_pin_npm():
             assert package.client != "npm" or package.sha256, package.name
             assert "://" not in json.dumps([package.name, package.pattern])
         assert recipe.licence
+
+
+def test_an_interrupt_keeps_the_download_but_no_set(tmp_path, tiny, clients, monkeypatch):
+    deb = make_deb(tmp_path / "tiny-data_1_all.deb", make_tar(FILES))
+    clients("apt-get", f"cp {deb} .")
+    tiny(tiny_package())
+    cache = tmp_path / "cache"
+
+    def stop(*args, **limits):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(installer, "unpack", stop)
+        install("tiny", cache=cache, progress=False)
+    assert list((cache / "tiny").iterdir()) == [] and installed("tiny", cache=cache) is None
+    assert (cache / "downloads" / "files.part" / deb.name).is_file()
+    install("tiny", cache=cache, progress=False)
+    assert not (cache / "downloads" / "files.part").exists()
+
+
+def test_progress_counts_bytes_up_to_the_size(tmp_path, tiny, clients, monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **{**options, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    deb = make_deb(tmp_path / "tiny-data_1_all.deb", make_tar(FILES))
+    clients("apt-get", f"cp {deb} . && dd if=/dev/zero of=more bs=300000 count=1 2>/dev/null")
+    tiny(tiny_package())
+    install("tiny", cache=tmp_path / "cache")
+    assert [bar.n for bar in bars] == [100_000]

@@ -38,6 +38,13 @@ def test_buckets_are_narrow():
     assert waste(True) < 1.1 < 1.5 < waste(False)
 
 
+def test_buckets_come_in_another_order_each_epoch():
+    """All lengths differ, so each epoch has the same batches; only their order can change."""
+    sampler = BatchSampler(range(1, 101), batch_size=10, bucket=True)
+    first, second = list(sampler), list(sampler)
+    assert first != second and sorted(first) == sorted(second)
+
+
 def test_epochs_and_seeds_differ_and_repeat():
     sampler = BatchSampler(LENGTHS, tokens=500, seed=1)
     first, second = list(sampler), list(sampler)

@@ -45,6 +45,7 @@ TABLE = [
     ("1F468-200D-2695-FE0F", "people-body", "man health worker"),
     ("1F1F3-1F1F4", "flags", "flag: Norway"),
     ("1F1E7-1F1FB", "flags", "flag: Bouvet Island"),
+    ("1F1F3-1F1FF", "flags", "New Zealand"),
     ("1F468-1F3FB", "people-body", "man: light skin tone"),
     ("1F98A", "animals-nature", "fox, which Twemoji lacks"),
     ("E000", "extras-openmoji", "an extra, which only OpenMoji has"),
@@ -86,19 +87,20 @@ def emoji_cache(tmp_path, monkeypatch):
 
 def test_emoji_of_four_artists(emoji_cache):
     emoji = load_emoji(16, cache=emoji_cache, progress=False)
-    assert emoji.codepoints == ["1f600", "1f436", "1f468", "1f468-200d-2695", "1f1f3-1f1f4", "1f1e7-1f1fb"]
-    assert emoji.names == ["grinning face", "dog", "man", "man health worker", "flag: Norway", "flag: Bouvet Island"]
+    assert " ".join(emoji.codepoints) == "1f600 1f436 1f468 1f468-200d-2695 1f1f3-1f1f4 1f1e7-1f1fb 1f1f3-1f1ff"
+    assert emoji.names[:4] == ["grinning face", "dog", "man", "man health worker"]
+    assert emoji.names[4:] == ["flag: Norway", "flag: Bouvet Island", "New Zealand"]
     assert emoji.keywords[1] == ["pet", "puppy"] and emoji.keywords[0] == ["one", "two"]
     # Noto's second flag is dropped; every other concept has four pictures.
-    assert torch.bincount(emoji.artist).tolist() == [5, 6, 6, 6]
-    assert emoji.images.shape == (23, 3, 16, 16) and emoji.images.dtype == torch.uint8
+    assert torch.bincount(emoji.artist).tolist() == [6, 7, 7, 7]
+    assert emoji.images.shape == (27, 3, 16, 16) and emoji.images.dtype == torch.uint8
     for artist, blue in zip(ARTISTS, (10, 40, 30, 20), strict=True):
         for row in emoji.rows(artist).tolist():
             concept = int(emoji.concept[row])
             expected = [80, 80, 80] if artist == "noto" and concept == 4 else [20 * concept, 10, blue]
             assert emoji.images[row, :, 8, 8].tolist() == expected, (artist, concept)
-    # Same first code point, same picture: one family each.
-    assert emoji.family.tolist() == [0, 1, 2, 2, 4, 4]
+    # Same first code point, same picture: one family each; flags that only share their first letter are apart.
+    assert emoji.family.tolist() == [0, 1, 2, 2, 4, 4, 6]
 
 
 def test_emoji_is_built_once_and_again_when_broken(emoji_cache):

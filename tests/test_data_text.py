@@ -63,6 +63,7 @@ def test_words_by_the_formula():
 def test_words_are_normalised_and_cut():
     tokenizer = WordTrigramTokenizer(max_words=2)
     assert tokenizer.split("\uff26\uff2f\uff38_Straße, 3rd") == ["fox", "_"]
+    assert WordTrigramTokenizer().split("Straße 7") == ["strasse", "7"]
     assert tokenizer(["RED Fox"]).ids.equal(tokenizer(["red fox jumps"]).ids)
     assert not tokenizer(["red fox"]).ids.equal(tokenizer(["fox red"]).ids)
 

@@ -56,11 +56,11 @@ class _Poll:
 
     def _size(self) -> int:
         total = 0
-        for path in self._folder.rglob("*"):
-            try:
+        try:
+            for path in self._folder.rglob("*"):
                 total += path.stat().st_size if path.is_file() else 0
-            except OSError:
-                continue  # the client renamed it meanwhile
+        except OSError:
+            pass  # the client renamed or removed something meanwhile; the next look sees it
         return total
 
     def _loop(self) -> None:

@@ -115,8 +115,7 @@ def _download_bar(package: Package, progress: bool) -> Iterator[Callable[[int], 
     with tqdm(total=int(package.megabytes * 1e6), unit="B", unit_scale=True, desc=text, leave=True) as bar:
 
         def report(size: int) -> None:
-            bar.total = max(bar.total, size)
-            bar.update(size - bar.n)
+            bar.update(min(size, bar.total) - bar.n)  # npm keeps a second copy in the folder
 
         yield report
         report(bar.total)
@@ -170,7 +169,7 @@ def _install_package(recipe: DataSet, package: Package, root: Path, force: bool,
         try:
             unpack(archive, fresh, **limits)
             record = _check(package, fresh, archive)
-        except BaseException as error:
+        except Exception as error:
             if ours:
                 archive.unlink(missing_ok=True)  # a broken download must not be taken up again
             if isinstance(error, BROKEN) and not isinstance(error, UnsafeArchive):
