@@ -2,8 +2,28 @@
 
 from mmfast.layout import Layout
 from mmfast.mask import ModalityMask, Rule
+from mmfast.ops.attention import attention
+from mmfast.ops.packing import LayerNorm, Order, Part, RMSNorm, from_padded, pack, to_padded, unpack
 from mmfast.ops.perturbation import perturb_, random_start_
+from mmfast.ops.rotary import rotary
 
 __version__ = "0.1.0"
 
-__all__ = ["Layout", "ModalityMask", "Rule", "__version__", "perturb_", "random_start_"]
+__all__ = [
+    "LayerNorm",
+    "Layout",
+    "ModalityMask",
+    "Order",
+    "Part",
+    "RMSNorm",
+    "Rule",
+    "__version__",
+    "attention",
+    "from_padded",
+    "pack",
+    "perturb_",
+    "random_start_",
+    "rotary",
+    "to_padded",
+    "unpack",
+]

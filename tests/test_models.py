@@ -17,7 +17,7 @@ from mmfast.models.stem import ConvStem
 from mmfast.nn import PackedTransformer, segment_mean
 
 DIM = 32
-SMALL = dict(dim=DIM, heads=4, depth=1, mlp_ratio=2)
+SMALL = {"dim": DIM, "heads": 4, "depth": 1, "mlp_ratio": 2}
 GRIDS = [(1, 2), (0, 0), (3, 1), (1, 1)]  # rows and columns of regions of each image
 WORDS = [3, 1, 0, 5]
 FRAMES = [20, 0, 8, 3]
@@ -181,8 +181,8 @@ def test_pooled_vectors_and_projections():
 
 MASKS = {
     "full": {},
-    "early fusion": dict(mask=ModalityMask.early_fusion(), time_modalities=("image", "audio")),
-    "co-attention": dict(mask=ModalityMask.co_attention("text", "image")),
+    "early fusion": {"mask": ModalityMask.early_fusion(), "time_modalities": ("image", "audio")},
+    "co-attention": {"mask": ModalityMask.co_attention("text", "image")},
 }
 
 
@@ -191,7 +191,7 @@ def test_joint_is_the_backbone_over_all_tokens_of_a_sample(mask):
     options = MASKS[mask]
     model = make_model(backbone=PackedTransformer(2, DIM, 4), **options).eval()
     inputs = make_inputs()
-    tokens, layout = model.fuse(model.encode(inputs))
+    _, layout = model.fuse(model.encode(inputs))
     assert layout.names == ("image", "text", "audio")
     joint = model.forward_joint(inputs)
     for b in range(len(GRIDS)):

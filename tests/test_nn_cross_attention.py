@@ -54,10 +54,10 @@ def _compare(ours, theirs, inputs, tolerance, **call):
 
 
 CASES = {
-    "self": dict(source="self"),
-    "cross": dict(source="cross"),
-    "other widths": dict(source="wide", kdim=24, vdim=16),
-    "three inputs": dict(source="three"),
+    "self": {"source": "self"},
+    "cross": {"source": "cross"},
+    "other widths": {"source": "wide", "kdim": 24, "vdim": 16},
+    "three inputs": {"source": "three"},
 }
 
 
@@ -87,7 +87,7 @@ def test_key_padding_mask_and_weights(padding, as_float, average):
     mask = padding()
     if as_float:
         mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, -torch.inf)
-    call = dict(key_padding_mask=mask, average_attn_weights=average)
+    call = {"key_padding_mask": mask, "average_attn_weights": average}
     _compare(ours, theirs, (query, key, key), 1e-10, **call)
 
 
@@ -114,7 +114,7 @@ def test_without_a_batch():
 
 
 def test_state_dicts_load_both_ways_and_start_equal():
-    for options in ({}, dict(kdim=24, vdim=16), dict(bias=False)):
+    for options in ({}, {"kdim": 24, "vdim": 16}, {"bias": False}):
         torch.manual_seed(5)
         ours = CrossModalAttention(E, HEADS, **options)
         torch.manual_seed(5)

@@ -149,7 +149,7 @@ class AttentionFusion(_Fusion):
         values, here = self._gather(features, present)
         batch, count = here.shape
         tokens = torch.stack([proj(x) for proj, x in zip(self.tokens.values(), values)], 1)
-        order = (~here).to(torch.uint8).argsort(1, stable=True)
+        order = (~here).to(torch.uint8).argsort(dim=1, stable=True)
         tokens = tokens.take_along_dim(order[..., None], 1).flatten(0, 1)
         k, v = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).unbind(1)
         q = self.query.to(k.dtype).expand(batch, -1).unflatten(-1, (self.heads, -1))

@@ -1,0 +1,451 @@
+// Attention, backward. With p = exp(s - lse), delta = rowsum(dout * out), dp = dout v^T and ds = p * (dp -
+// delta): dv = p^T dout, dq = scale * ds k, dk = scale * ds^T q (Dao, FlashAttention-2, arXiv 2307.08691,
+// algorithm 2).
+//
+// One item is a range of keys of one sample and one key head, with all queries of the group: dk and dv belong
+// to it alone, and dq too unless the sample is split into parts, whose private sums are added in order
+// afterwards.
+#include "cpu/attention_tiles.h"
+#include "cpu/isa.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+namespace {
+
+constexpr int kBlockRows = 96;
+constexpr int kChunkPanels = 4;
+constexpr int kScores = kChunkPanels * kPanel;
+using BackwardMask = BlockMask<kBlockRows, kChunkPanels>;
+
+template <class Units>
+struct Buffers {
+  using Unit = typename Units::Unit;
+  Unit *keys_t, *values_t;    // [panels][dim units][64]: k^T and v^T
+  Unit* keys;                 // [ceil(dim / 64)][keys / pack][64]
+  Unit *queries, *douts;      // [kBlockRows][dim units], where they cannot be read in place
+  Unit *queries_b, *douts_b;  // [ceil(dim / 64)][kBlockRows / pack][64]
+  Unit* scratch;
+  float *p, *ds;         // [kBlockRows][kScores]: scores and dp, then p and ds as A of p^T dout and ds^T q
+  Unit* ds_rows;         // [kBlockRows][kScores / pack]: ds as A of ds k; floats need no copy
+  float *dk, *dv;        // [kScores][narrow]
+  float *lse, *lse_low;  // per virtual row: lse in units of log2 (inf where empty) and what its rounding lost
+  float* delta;          // per virtual row: scale * rowsum(dout * out)
+  float* dq;             // [virtual rows][narrow]
+  uint8_t* started;      // per tile of rows: dq holds something
+  TileSummary* summaries;
+  KeyBounds* bounds;
+  uint32_t* bounds_set;
+  BackwardMask* mask;
+
+  void lay_out(Arena& arena, int64_t dim, int64_t rows) {
+    const int64_t units = dim / Units::kPack, wide = round_up(dim, kPanel), narrow = round_up(dim, kGroup);
+    keys_t = arena.take<Unit>(kScores * units);
+    values_t = arena.take<Unit>(kScores * units);
+    keys = arena.take<Unit>(kScores / Units::kPack * wide);
+    queries = arena.take<Unit>(kBlockRows * dim);
+    douts = arena.take<Unit>(kBlockRows * dim);
+    queries_b = arena.take<Unit>(kBlockRows / Units::kPack * wide);
+    douts_b = arena.take<Unit>(kBlockRows / Units::kPack * wide);
+    scratch = arena.take<Unit>((kGroup + 1) * dim);
+    p = arena.take<float>(kBlockRows * kScores);
+    ds = arena.take<float>(kBlockRows * kScores);
+    ds_rows = Units::kPack == 1 ? reinterpret_cast<Unit*>(ds) : arena.take<Unit>(kBlockRows * kScores / 2);
+    dk = arena.take<float>(kScores * narrow);
+    dv = arena.take<float>(kScores * narrow);
+    lse = arena.take<float>(rows);
+    lse_low = arena.take<float>(rows);
+    delta = arena.take<float>(rows);
+    dq = arena.take<float>(rows * narrow);
+    started = arena.take<uint8_t>(rows / kRows + 1);
+    summaries = arena.take<TileSummary>(kChunkPanels);
+    bounds = arena.take<KeyBounds>(kChunkPanels * kMaxModalities);
+    bounds_set = arena.take<uint32_t>(kChunkPanels);
+    mask = arena.take<BackwardMask>(1);
+  }
+};
+
+// A row of p and ds as both products want them: pairs of rows for the transposed ones.
+MMFAST_INLINE void store_pair(float* rows, int64_t stride, int j, vf first, vf second, bool both) {
+  store(rows + j, first);
+  if (both) store(rows + stride + j, second);
+}
+#if defined(__AVX512BF16__)
+MMFAST_INLINE void store_pair(uint32_t* rows, int j, vf first, vf second) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+  _mm512_storeu_si512(rows + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#endif
+
+template <class Units, class T>
+struct Backward {
+  using Unit = typename Units::Unit;
+  const AttentionParams& p;
+  const AttentionItem& item;
+  const int head_k;
+  const Buffers<Units>& w;
+  const bool is_trivial;
+  const ScoreScale scale = score_scale(p);
+  const int group = p.heads / p.heads_k;
+  const int64_t units = p.dim / Units::kPack;
+  const int64_t narrow = round_up(p.dim, kGroup);
+  const int64_t q0 = p.layout_q.begin(item.sample), k0 = p.layout_k.begin(item.sample);
+  const int64_t rows_all = p.layout_q.length(item.sample) * group;
+  const Side side_q = side_of(p.layout_q, item.sample), side_k = side_of(p.layout_k, item.sample);
+
+  const T* row_of(const HeadsView& x, int64_t row) const {
+    return rows_of<T>(x, q0 + row / group, head_k * group + row % group).data;
+  }
+
+  void run() {
+    prepare();
+    for (int64_t key = item.begin; key < item.end; key += kScores) {
+      const int n = item.end - key < kScores ? int(item.end - key) : kScores;
+      chunk(key, n);
+    }
+    finish_queries();
+  }
+
+  void prepare() {
+    std::memset(w.started, 0, rows_all / kRows + 1);
+    for (int64_t r = 0; r < rows_all; r += kChains)
+      deltas(r, rows_all - r < kChains ? int(rows_all - r) : kChains);
+    for (int64_t r = 0; r < rows_all; ++r) {
+      const float lse = p.lse[(head_k * group + r % group) * p.layout_q.total + q0 + r / group];
+      const double log2 = double(lse) * 1.4426950408889634;
+      w.lse[r] = lse == -kInfinity ? kInfinity : float(log2);
+      w.lse_low[r] = lse == -kInfinity ? 0 : float(log2 - double(float(log2)));
+    }
+  }
+
+  // In float32 the sums run in the order of the products dout v^T, so that dp - delta is exactly 0 for a row
+  // that sees one key; several rows at a time hide the latency.
+  static constexpr int kChains = 8;
+  void deltas(int64_t r, int rows) {
+    const T *out[kChains], *dout[kChains];
+    for (int i = 0; i < kChains; ++i) {
+      out[i] = row_of(p.out, i < rows ? r + i : r);
+      dout[i] = row_of(p.dout, i < rows ? r + i : r);
+    }
+    float sum[kChains] = {};
+    if constexpr (sizeof(T) == 4) {
+      for (int64_t d = 0; d < p.dim; ++d)
+#pragma GCC unroll 8
+        for (int i = 0; i < kChains; ++i) sum[i] += out[i][d] * dout[i][d];
+    } else {
+      for (int i = 0; i < rows; ++i) {
+        vf lanes = {};
+        for (int64_t d = 0; d < p.dim; d += kLanes)
+          lanes = lanes + load_columns(out[i], d, p.dim) * load_columns(dout[i], d, p.dim);
+        sum[i] = sum_lanes(lanes);
+      }
+    }
+    for (int i = 0; i < rows; ++i) w.delta[r + i] = sum[i] * p.scale;
+  }
+
+  void chunk(int64_t key, int n) {
+    const int panels = (n + kPanel - 1) / kPanel;
+    const Rows<T> k = rows_of<T>(p.k, k0 + key, head_k), v = rows_of<T>(p.v, k0 + key, head_k);
+    for (int c = 0; c < panels; ++c) {
+      const int width = n - c * kPanel < kPanel ? n - c * kPanel : kPanel;
+      w.bounds_set[c] = 0;
+      if (!is_trivial) w.summaries[c] = summarize(side_k, key + c * kPanel, key + c * kPanel + width);
+      pack_transposed<Units>(Rows<T>{k.data + c * kPanel * k.stride, k.stride}, width, p.dim,
+                             w.keys_t + c * kPanel * units, w.scratch);
+      pack_transposed<Units>(Rows<T>{v.data + c * kPanel * v.stride, v.stride}, width, p.dim,
+                             w.values_t + c * kPanel * units, w.scratch);
+    }
+    pack_rows_of<Units, T>([&](int64_t i) { return k.data + i * k.stride; }, n, p.dim, kScores / Units::kPack,
+                           w.keys);
+    std::memset(w.dk, 0, n * narrow * sizeof(float));
+    std::memset(w.dv, 0, n * narrow * sizeof(float));
+    for (int64_t r = 0; r < rows_all; r += kBlockRows)
+      block(r, rows_all - r < kBlockRows ? int(rows_all - r) : kBlockRows, key, n, panels);
+    write_keys(p.dk, w.dk, key, n);
+    write_keys(p.dv, w.dv, key, n);
+  }
+
+  // Rows of a block as A: [rows][units].
+  Rows<Unit> rows_a(const HeadsView& x, int64_t r, int rows, Unit* copy) {
+    constexpr bool in_place = sizeof(T) * Units::kPack == sizeof(Unit);
+    if (in_place && group == 1 && x.row % Units::kPack == 0)
+      return {reinterpret_cast<const Unit*>(row_of(x, r)), x.row / Units::kPack};
+    for (int i = 0; i < rows; ++i) copy_row(row_of(x, r + i), p.dim, copy + i * units);
+    return {copy, units};
+  }
+
+  void block(int64_t r, int rows, int64_t key, int n, int panels) {
+    BackwardMask& mask = *w.mask;
+    if (!mask.set(p.mask, is_trivial, side_q, r, rows, group, side_k, key, key + n, panels, w.summaries,
+                  w.bounds, w.bounds_set))
+      return;
+    const Rows<Unit> q = rows_a(p.q, r, rows, w.queries), dout = rows_a(p.dout, r, rows, w.douts);
+    pack_rows_of<Units, T>([&](int64_t i) { return row_of(p.q, r + i); }, rows, p.dim,
+                           kBlockRows / Units::kPack, w.queries_b);
+    pack_rows_of<Units, T>([&](int64_t i) { return row_of(p.dout, r + i); }, rows, p.dim,
+                           kBlockRows / Units::kPack, w.douts_b);
+    const float keep = p.dropout_p > 0 ? 1 / (1 - p.dropout_p) : 1;
+    scores(q, w.keys_t, w.p, rows, panels, scale.sign);
+    scores(dout, w.values_t, w.ds, rows, panels, p.scale * keep);
+    for (int i = 0; i < rows; i += 2) {
+      if (p.softcap > 0 || p.dropout_p > 0)
+        weigh<true>(r, i, rows, key, panels);
+      else
+        weigh<false>(r, i, rows, key, panels);
+    }
+    transposed(w.p, w.douts_b, w.dv, rows, n, panels);
+    transposed(w.ds, w.queries_b, w.dk, rows, n, panels);
+    for (int t = 0; t * kRows < rows; ++t) queries(t, r, rows, n, panels);
+  }
+
+  void scores(const Rows<Unit>& a, const Unit* b, float* out, int rows, int panels, float factor) {
+    const Epilogue e{Store::set, factor, nullptr};
+    for (int c = 0; c < panels; ++c)
+      for (int t = 0; t * kRows < rows; ++t) {
+        const Span span = w.mask->spans[t][c];
+        if (span.begin == span.end) continue;
+        multiply<Units>(rows - t * kRows < kRows ? rows - t * kRows : kRows, span.end - span.begin,
+                        a.data + t * kRows * a.stride, a.stride, 1,
+                        b + c * kPanel * units + span.begin * kGroup, units,
+                        out + t * kRows * kScores + c * kPanel + span.begin * kGroup, kScores, e);
+      }
+  }
+
+  // p and ds of kLanes cells of one row.
+  template <bool special>
+  inline __attribute__((always_inline)) void cell(int64_t r, int i, int64_t key, int column, bool masked,
+                                                  uint64_t bits, vf& weight, vf& gradient) {
+    const int64_t at = int64_t(i) * kScores + column;
+    vf s = load(w.p + at), dp = load(w.ds + at);
+    vf slope = broadcast(1.0f);
+    if constexpr (special) {
+      if (p.softcap > 0) {
+        const vf t = tanh_score(s);
+        slope = broadcast(1.0f) - t * t;
+        s = t;
+      }
+    }
+    vf exponent = s * broadcast(scale.log2) - broadcast(w.lse[r + i]);
+    if constexpr (Units::kPack == 1) exponent = exponent - broadcast(w.lse_low[r + i]);
+    vf x = exp2_score(exponent);
+    if (masked) x = select(BackwardMask::lanes(bits, column % kPanel), x, vf{});
+    weight = x;
+    if constexpr (special) {
+      if (p.dropout_p > 0) {
+        const int64_t row = r + i;
+        const vi stays = kept(p.seed, uint32_t(head_k * group + row % group), uint32_t(item.sample),
+                              uint32_t(row / group), uint32_t(key + column), p.dropout_p);
+        dp = select(stays, dp, vf{});
+        weight = select(stays, x * broadcast(1.0f / (1.0f - p.dropout_p)), vf{});
+      }
+    }
+    gradient = x * (dp - broadcast(w.delta[r + i]));
+    if constexpr (special) gradient = gradient * slope;
+    if (masked) gradient = select(BackwardMask::lanes(bits, column % kPanel), gradient, vf{});
+  }
+
+  // Two rows of the block: scores and dp become p and ds. Cells that were left out become zeros, because the
+  // transposed products run over all rows from the first to the last that sees a key.
+  template <bool special>
+  void weigh(int64_t r, int i, int rows, int64_t key, int panels) {
+    const BackwardMask& mask = *w.mask;
+    const Span* spans = mask.spans[i / kRows];
+    const bool both = i + 1 < rows;
+    for (int c = 0; c < panels; ++c) {
+      if (mask.kinds[c] == kSkip) continue;
+      const int begin = spans[c].begin * kGroup, end = spans[c].end * kGroup;
+      const bool masked = !spans[c].full;
+      for (int j = 0; j < kPanel; j += kLanes) {
+        const int column = c * kPanel + j;
+        vf weight[2] = {}, gradient[2] = {};
+        if (begin <= j && j < end) {
+          cell<special>(r, i, key, column, masked, masked ? mask.bits[c][i] : 0, weight[0], gradient[0]);
+          if (both)
+            cell<special>(r, i + 1, key, column, masked, masked ? mask.bits[c][i + 1] : 0, weight[1],
+                          gradient[1]);
+        }
+        if constexpr (Units::kPack == 1) {
+          store_pair(w.p + i * kScores, kScores, column, weight[0], weight[1], both);
+          store_pair(w.ds + i * kScores, kScores, column, gradient[0], gradient[1], both);
+        } else {
+#if defined(__AVX512BF16__)
+          store_pair(reinterpret_cast<uint32_t*>(w.p + i * kScores), column, weight[0], weight[1]);
+          store_pair(reinterpret_cast<uint32_t*>(w.ds + i * kScores), column, gradient[0], gradient[1]);
+          bf16* rows16 = reinterpret_cast<bf16*>(w.ds_rows) + i * kScores + column;
+          store(rows16, gradient[0]);
+          if (both) store(rows16 + kScores, gradient[1]);
+#endif
+        }
+      }
+    }
+  }
+
+  // out [keys][dim] += a^T b for a = p or ds, b = dout or q.
+  void transposed(const float* a, const Unit* b, float* out, int rows, int n, int panels) {
+    const Epilogue e{Store::add, 1.0f, nullptr};
+    const int tiles = (rows + kRows - 1) / kRows;
+    const int capacity = kBlockRows / Units::kPack;
+    for (int64_t d = 0; d < p.dim; d += kPanel) {
+      const int groups = int(narrow - d < kPanel ? narrow - d : kPanel) / kGroup;
+      for (int c = 0; c < panels; ++c) {
+        if (w.mask->kinds[c] == kSkip) continue;
+        const int width = n - c * kPanel < kPanel ? n - c * kPanel : kPanel;
+        for (int j = 0; j < width; j += kRows) {
+          const int height = width - j < kRows ? width - j : kRows;
+          const int first_group = j / kGroup, last_group = (j + height - 1) / kGroup;
+          auto sees = [&](int t) {
+            const Span s = w.mask->spans[t][c];
+            return s.begin <= last_group && s.end > first_group;
+          };
+          int first = 0, last = tiles - 1;
+          while (first <= last && !sees(first)) ++first;
+          while (last >= first && !sees(last)) --last;
+          if (first > last) continue;
+          const int end = (last + 1) * kRows < rows ? (last + 1) * kRows : rows;
+          multiply<Units>(
+              height, groups, reinterpret_cast<const Unit*>(a) + first * kRows * kScores + c * kPanel + j, 1,
+              Units::kPack * kScores, b + (d / kPanel * capacity + first * kRows / Units::kPack) * kPanel,
+              (end - first * kRows + Units::kPack - 1) / Units::kPack, out + (c * kPanel + j) * narrow + d,
+              narrow, e);
+        }
+      }
+    }
+  }
+
+  // dq of one tile of rows += ds k; neighbouring panels form one product.
+  void queries(int t, int64_t r, int rows, int n, int panels) {
+    const Span* spans = w.mask->spans[t];
+    const int height = rows - t * kRows < kRows ? rows - t * kRows : kRows;
+    const int left = (n + Units::kPack - 1) / Units::kPack;
+    const int64_t stride = kScores / Units::kPack;
+    uint8_t& started = w.started[r / kRows + t];
+    for (int c = 0; c < panels;) {
+      if (spans[c].begin == spans[c].end) {
+        ++c;
+        continue;
+      }
+      const int begin = (c * kPanel + spans[c].begin * kGroup) / Units::kPack;
+      while (c + 1 < panels && spans[c].end * kGroup == kPanel && spans[c + 1].begin == 0 && spans[c + 1].end)
+        ++c;
+      int end = (c * kPanel + spans[c].end * kGroup) / Units::kPack;
+      end = end < left ? end : left;
+      ++c;
+      const Epilogue e{started ? Store::add : Store::set, 1.0f, nullptr};
+      for (int64_t d = 0; d < p.dim; d += kPanel) {
+        const int64_t width = narrow - d < kPanel ? narrow - d : kPanel;
+        multiply<Units>(height, int(width) / kGroup, w.ds_rows + t * kRows * stride + begin, stride, 1,
+                        w.keys + (d / kPanel * (kScores / Units::kPack) + begin) * kPanel, end - begin,
+                        w.dq + (r + t * kRows) * narrow + d, narrow, e);
+      }
+      started = 1;
+    }
+  }
+
+  static void write_row(T* out, const float* acc, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const vf x = acc ? load(acc + d) : vf{};
+      if (d + kLanes <= dim)
+        store(out + d, x);
+      else
+        store_tail(out + d, x, int(dim - d));
+    }
+  }
+
+  void write_keys(const HeadsView& x, const float* acc, int64_t key, int n) {
+    for (int j = 0; j < n; ++j)
+      write_row(static_cast<T*>(x.data) + (k0 + key + j) * x.row + head_k * x.head, acc + j * narrow, p.dim);
+  }
+
+  void finish_queries() {
+    const bool split = p.parts[item.sample] > 1;
+    for (int64_t r = 0; r < rows_all; ++r) {
+      const float* acc = w.started[r / kRows] ? w.dq + r * narrow : nullptr;
+      if (!split) {
+        write_row(const_cast<T*>(row_of(p.dq, r)), acc, p.dim);
+        continue;
+      }
+      const int64_t head = head_k * group + r % group;
+      float* out = p.dq_parts + ((item.part * p.heads + head) * p.layout_q.total + q0 + r / group) * narrow;
+      if (acc)
+        std::memcpy(out, acc, narrow * sizeof(float));
+      else
+        std::memset(out, 0, narrow * sizeof(float));
+    }
+  }
+};
+
+// dq of the rows of one split sample and one head: the parts' sums, in order.
+template <class T>
+void add_parts(const AttentionParams& p, int64_t sample, int64_t head) {
+  const int64_t narrow = round_up(p.dim, kGroup), q0 = p.layout_q.begin(sample);
+  for (int64_t i = 0; i < p.layout_q.length(sample); ++i) {
+    float* acc = p.dq_parts + (head * p.layout_q.total + q0 + i) * narrow;
+    for (int part = 1; part < p.parts[sample]; ++part) {
+      const float* other = acc + part * p.heads * p.layout_q.total * narrow;
+      for (int64_t d = 0; d < narrow; d += kLanes) store(acc + d, load(acc + d) + load(other + d));
+    }
+    T* out = static_cast<T*>(p.dq.data) + (q0 + i) * p.dq.row + head * p.dq.head;
+    for (int64_t d = 0; d < p.dim; d += kLanes) {
+      if (d + kLanes <= p.dim)
+        store(out + d, load(acc + d));
+      else
+        store_tail(out + d, load(acc + d), int(p.dim - d));
+    }
+  }
+}
+
+// Samples without keys or without queries have no item that writes their gradient rows.
+template <class T>
+void zero_sample(const HeadsView& x, const LayoutView& layout, int64_t sample, int heads, int dim) {
+  for (int64_t i = 0; i < layout.length(sample); ++i)
+    for (int h = 0; h < heads; ++h)
+      std::memset(static_cast<T*>(x.data) + (layout.begin(sample) + i) * x.row + h * x.head, 0,
+                  dim * sizeof(T));
+}
+
+template <class Units, class T>
+void backward_all(const AttentionParams& p) {
+  zero_outside<T>(p.layout_q, p.dq, p.heads, p.dim);
+  zero_outside<T>(p.layout_k, p.dk, p.heads_k, p.dim);
+  zero_outside<T>(p.layout_k, p.dv, p.heads_k, p.dim);
+  int64_t longest = 0;
+  for (int64_t b = 0; b < p.layout_q.batch; ++b) {
+    const int64_t nq = p.layout_q.length(b), nk = p.layout_k.length(b);
+    longest = nq > longest ? nq : longest;
+    if (!nk) zero_sample<T>(p.dq, p.layout_q, b, p.heads, p.dim);
+    if (!nq) zero_sample<T>(p.dk, p.layout_k, b, p.heads_k, p.dim);
+    if (!nq) zero_sample<T>(p.dv, p.layout_k, b, p.heads_k, p.dim);
+  }
+  const int64_t rows = round_up(longest * (p.heads / p.heads_k), kRows);
+  const bool is_trivial = trivial(p.mask);
+  const int64_t total = p.num_items * p.heads_k, sums = p.dq_parts ? p.layout_q.batch * p.heads : 0;
+#pragma omp parallel num_threads(p.threads)
+  {
+    static thread_local Workspace workspace;
+    Buffers<Units> buffers;
+    Arena count;
+    buffers.lay_out(count, p.dim, rows);
+    Arena arena{workspace.reserve(count.used), 0};
+    buffers.lay_out(arena, p.dim, rows);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < total; ++i)
+      Backward<Units, T>{p, p.items[i / p.heads_k], int(i % p.heads_k), buffers, is_trivial}.run();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < sums; ++i)
+      if (p.parts[i / p.heads] > 1) add_parts<T>(p, i / p.heads, i % p.heads);
+  }
+}
+
+}  // namespace
+
+void attention_backward(const AttentionParams& p) {
+  if (p.dtype == DType::f32) return backward_all<FloatUnits, float>(p);
+#if defined(__AVX512BF16__)
+  backward_all<PairUnits, bf16>(p);
+#else
+  backward_all<FloatUnits, bf16>(p);
+#endif
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

@@ -1,0 +1,349 @@
+// Attention, forward. out = softmax(rule(softcap(scale * q k^T))) v over packed samples, with online softmax
+// over chunks of keys (Milakov and Gimelshein 2018; Dao, FlashAttention-2, arXiv 2307.08691).
+//
+// One item is a range of query rows of one sample and one key head: it packs the keys it can see once, into
+// panels that stay in the second-level cache, and all query heads of the group run over them.
+#include "cpu/attention_tiles.h"
+#include "cpu/isa.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+namespace {
+
+constexpr int kBlockRows = 96;                  // their scores stay in the second-level cache
+constexpr int kChunkPanels = 4;                 // keys between two rescalings: 256
+constexpr int kScores = kChunkPanels * kPanel;  // columns of a block's scores
+constexpr int64_t kPackedBytes = 512 * 1024;    // packed keys and values of an item at a time
+constexpr int kTiles = kBlockRows / kRows;
+using ForwardMask = BlockMask<kBlockRows, kChunkPanels>;
+
+template <class Units>
+struct Buffers {
+  using Unit = typename Units::Unit;
+  Unit *keys, *values;  // [panels][dim units][64]; [ceil(dim / 64)][keys / pack][64]
+  Unit* queries;        // [kBlockRows][dim units], where q cannot be read in place
+  Unit* scratch;
+  float* scores;                       // [kBlockRows][kScores]; probabilities replace them in place
+  float *out, *maximum, *sum, *alpha;  // per virtual row of the item
+  uint8_t* started;                    // per tile: out holds something
+  TileSummary* summaries;
+  KeyBounds* bounds;
+  uint32_t* bounds_set;
+  bool* packed;
+  ForwardMask* mask;
+
+  void lay_out(Arena& arena, int64_t dim, int64_t panels, int64_t rows) {
+    const int64_t units = dim / Units::kPack, wide = round_up(dim, kPanel), narrow = round_up(dim, kGroup);
+    keys = arena.take<Unit>(panels * units * kPanel);
+    values = arena.take<Unit>(panels * kPanel / Units::kPack * wide);
+    queries = arena.take<Unit>(kBlockRows * dim);
+    scratch = arena.take<Unit>((kGroup + 1) * dim);
+    scores = arena.take<float>(kBlockRows * kScores);
+    out = arena.take<float>(rows * narrow);
+    maximum = arena.take<float>(rows);
+    sum = arena.take<float>(rows);
+    alpha = arena.take<float>(kBlockRows);
+    started = arena.take<uint8_t>(rows / kRows + 1);
+    summaries = arena.take<TileSummary>(panels);
+    bounds = arena.take<KeyBounds>(panels * kMaxModalities);
+    bounds_set = arena.take<uint32_t>(panels);
+    packed = arena.take<bool>(panels);
+    mask = arena.take<ForwardMask>(1);
+  }
+};
+
+// Softcap of one row's scores: in and out in units of the cap.
+void cap_row(float* s, const Span* spans, int panels) {
+  for (int p = 0; p < panels; ++p)
+    for (int j = p * kPanel + spans[p].begin * kGroup; j < p * kPanel + spans[p].end * kGroup; j += kLanes)
+      store(s + j, tanh_score(load(s + j)));
+}
+
+// Masks one row's scores and returns their maximum.
+MMFAST_INLINE float mask_row(float* s, const Span* spans, const ForwardMask& mask, int panels, int row) {
+  vf highest = broadcast(-kInfinity);
+  for (int p = 0; p < panels; ++p) {
+    float* panel = s + p * kPanel;
+    const int begin = spans[p].begin * kGroup, end = spans[p].end * kGroup;
+    if (spans[p].full) {
+      for (int j = begin; j < end; j += kLanes) highest = vmax(highest, load(panel + j));
+    } else {
+      const uint64_t bits = mask.bits[p][row];
+      for (int j = begin; j < end; j += kLanes) {
+        const vf x = select(ForwardMask::lanes(bits, j), load(panel + j), broadcast(-kInfinity));
+        store(panel + j, x);
+        highest = vmax(highest, x);
+      }
+    }
+  }
+  return max_lanes(highest);
+}
+
+struct Dropout {
+  uint64_t seed;
+  uint32_t head, sample, row, key;
+  float p;
+};
+
+MMFAST_INLINE void store_weights(float* row, int j, vf x) {
+  store(row + j, x);
+}
+MMFAST_INLINE void store_weights(uint32_t* row, int j, vf x) {
+  store(reinterpret_cast<bf16*>(row) + j, x);
+}
+
+// Replaces one row's scores by 2^(scale * score - maximum), as units of the next product, and returns their
+// sum.
+template <class Units, bool drop>
+MMFAST_INLINE float weigh_row(float* s, const Span* spans, int panels, float scale, float maximum,
+                              const Dropout& dropout) {
+  auto* weights = reinterpret_cast<typename Units::Unit*>(s);
+  const vf factor = broadcast(scale), shift = broadcast(maximum);
+  vf total = {};
+  for (int p = 0; p < panels; ++p) {
+    const int end = p * kPanel + spans[p].end * kGroup;
+    for (int j = p * kPanel + spans[p].begin * kGroup; j < end; j += kLanes) {
+      vf x = exp2_score(load(s + j) * factor - shift);
+      total = total + x;
+      if constexpr (drop) {
+        const vi stays = kept(dropout.seed, dropout.head, dropout.sample, dropout.row,
+                              dropout.key + uint32_t(j), dropout.p);
+        x = select(stays, x * broadcast(1.0f / (1.0f - dropout.p)), vf{});
+      }
+      store_weights(weights, j, x);
+    }
+  }
+  return sum_lanes(total);
+}
+
+template <class Units, class T>
+struct Forward {
+  using Unit = typename Units::Unit;
+  const AttentionParams& p;
+  const AttentionItem& item;
+  const int head_k;
+  const Buffers<Units>& w;
+  const bool is_trivial;
+  const int64_t capacity;  // keys packed at a time
+  const ScoreScale scale = score_scale(p);
+  const int group = p.heads / p.heads_k;
+  const int64_t units = p.dim / Units::kPack;
+  const int64_t narrow = round_up(p.dim, kGroup);
+  const int64_t q0 = p.layout_q.begin(item.sample), k0 = p.layout_k.begin(item.sample);
+  const int64_t keys = p.layout_k.length(item.sample);
+  const Side side_q = side_of(p.layout_q, item.sample), side_k = side_of(p.layout_k, item.sample);
+
+  void run() {
+    const int64_t rows = item.end - item.begin;
+    std::memset(w.started, 0, rows / kRows + 1);
+    for (int64_t r = 0; r < rows; ++r) w.maximum[r] = -kInfinity, w.sum[r] = 0;
+    TileSummary all{};
+    if (!is_trivial && keys > 0) all = summarize(side_q, item.begin / group, (item.end - 1) / group + 1);
+    const bool once = keys > 0 && keys <= capacity;
+    for (int64_t key = 0; key < keys; key += capacity) {
+      const int64_t end = key + capacity < keys ? key + capacity : keys;
+      pack(key, end, all);
+      for (int64_t r = 0; r < rows; r += kBlockRows) {
+        block(r, rows - r < kBlockRows ? int(rows - r) : kBlockRows, key, end);
+        if (once) finish(r, rows - r < kBlockRows ? int(rows - r) : kBlockRows);
+      }
+    }
+    if (!once)
+      for (int64_t r = 0; r < rows; r += kBlockRows)
+        finish(r, rows - r < kBlockRows ? int(rows - r) : kBlockRows);
+  }
+
+  // Packs the panels of keys begin to end that some query of the item sees.
+  void pack(int64_t begin, int64_t end, const TileSummary& all) {
+    const Rows<T> k = rows_of<T>(p.k, k0 + begin, head_k), v = rows_of<T>(p.v, k0 + begin, head_k);
+    for (int64_t j = 0; begin + j < end; j += kPanel) {
+      const int64_t panel = j / kPanel;
+      const int n = end - begin - j < kPanel ? int(end - begin - j) : kPanel;
+      if (!is_trivial) {
+        w.bounds_set[panel] = 0;
+        w.summaries[panel] = summarize(side_k, begin + j, begin + j + n);
+        if (classify(p.mask, all, w.summaries[panel]) == kSkip) continue;
+      }
+      pack_transposed<Units>(Rows<T>{k.data + j * k.stride, k.stride}, n, p.dim,
+                             w.keys + panel * units * kPanel, w.scratch);
+      pack_rows_of<Units, T>([&](int64_t i) { return v.data + (j + i) * v.stride; }, n, p.dim,
+                             capacity / Units::kPack, w.values + j / Units::kPack * kPanel);
+    }
+  }
+
+  // The queries of virtual rows r on, as rows of units.
+  Rows<Unit> queries(int64_t r, int rows) {
+    constexpr bool in_place = sizeof(T) * Units::kPack == sizeof(Unit);
+    if (in_place && group == 1 && p.q.row % Units::kPack == 0) {
+      const Rows<T> q = rows_of<T>(p.q, q0 + item.begin + r, head_k);
+      return {reinterpret_cast<const Unit*>(q.data), q.stride / Units::kPack};
+    }
+    for (int i = 0; i < rows; ++i) {
+      const int64_t row = item.begin + r + i;
+      copy_row(rows_of<T>(p.q, q0 + row / group, head_k * group + row % group).data, p.dim,
+               w.queries + i * units);
+    }
+    return {w.queries, units};
+  }
+
+  void block(int64_t r, int rows, int64_t begin, int64_t end) {
+    Rows<Unit> q{};
+    for (int64_t key = begin; key < end; key += kScores) {
+      const int panels = int((end - key < kScores ? end - key : kScores) + kPanel - 1) / kPanel;
+      const int64_t first = (key - begin) / kPanel;
+      ForwardMask& mask = *w.mask;
+      if (!mask.set(p.mask, is_trivial, side_q, item.begin + r, rows, group, side_k, key, end, panels,
+                    w.summaries + first, w.bounds + first * kMaxModalities, w.bounds_set + first))
+        continue;
+      if (!q.data) q = queries(r, rows);
+      const Epilogue scaled{Store::set, scale.sign, nullptr};
+      for (int c = 0; c < panels; ++c) {
+        const Unit* panel = w.keys + (first + c) * units * kPanel;
+        for (int t = 0; t * kRows < rows; ++t) {
+          const Span span = mask.spans[t][c];
+          if (span.begin == span.end) continue;
+          multiply<Units>(rows - t * kRows < kRows ? rows - t * kRows : kRows, span.end - span.begin,
+                          q.data + t * kRows * q.stride, q.stride, 1, panel + span.begin * kGroup, units,
+                          w.scores + t * kRows * kScores + c * kPanel + span.begin * kGroup, kScores, scaled);
+        }
+      }
+      for (int t = 0; t * kRows < rows; ++t) weigh(t, r, rows, key, panels);
+      for (int t = 0; t * kRows < rows; ++t)
+        accumulate(t, r, rows, (key - begin) / Units::kPack,
+                   int((end - key + Units::kPack - 1) / Units::kPack), panels);
+    }
+  }
+
+  void weigh(int t, int64_t r, int rows, int64_t key, int panels) {
+    const Span* spans = w.mask->spans[t];
+    for (int i = t * kRows; i < rows && i < (t + 1) * kRows; ++i) {
+      float* s = w.scores + i * kScores;
+      if (p.softcap > 0) cap_row(s, spans, panels);
+      const float before = w.maximum[r + i];
+      const float highest = mask_row(s, spans, *w.mask, panels, i) * scale.log2;
+      const float maximum = highest > before ? highest : before;
+      const float shift = maximum == -kInfinity ? 0 : maximum;
+      float sum;
+      if (p.dropout_p > 0) {
+        const int64_t row = item.begin + r + i;
+        const Dropout dropout{p.seed,
+                              uint32_t(head_k * group + row % group),
+                              uint32_t(item.sample),
+                              uint32_t(row / group),
+                              uint32_t(key),
+                              p.dropout_p};
+        sum = weigh_row<Units, true>(s, spans, panels, scale.log2, shift, dropout);
+      } else {
+        sum = weigh_row<Units, false>(s, spans, panels, scale.log2, shift, {});
+      }
+      const float alpha = before == maximum ? 1.0f : std::exp2(before - shift);
+      w.alpha[i] = alpha;
+      w.sum[r + i] = w.sum[r + i] * alpha + sum;
+      w.maximum[r + i] = maximum;
+    }
+  }
+
+  // out += weights * v for one tile of rows; neighbouring panels form one product.
+  void accumulate(int t, int64_t r, int rows, int64_t first, int left, int panels) {
+    const Span* spans = w.mask->spans[t];
+    const int height = rows - t * kRows < kRows ? rows - t * kRows : kRows;
+    uint8_t& started = w.started[r / kRows + t];
+    bool fresh = true;
+    for (int c = 0; c < panels;) {
+      if (spans[c].begin == spans[c].end) {
+        ++c;
+        continue;
+      }
+      const int begin = (c * kPanel + spans[c].begin * kGroup) / Units::kPack;
+      while (c + 1 < panels && spans[c].end * kGroup == kPanel && spans[c + 1].begin == 0 && spans[c + 1].end)
+        ++c;
+      int end = (c * kPanel + spans[c].end * kGroup) / Units::kPack;
+      end = end < left ? end : left;
+      ++c;
+      Epilogue e{!started ? Store::set : fresh ? Store::rescale : Store::add, 1.0f, w.alpha + t * kRows};
+      for (int64_t d = 0; d < p.dim; d += kPanel) {
+        const int64_t width = narrow - d < kPanel ? narrow - d : kPanel;
+        multiply<Units>(height, int(width) / kGroup,
+                        reinterpret_cast<const Unit*>(w.scores + t * kRows * kScores) + begin, kScores, 1,
+                        w.values + d / kPanel * (capacity / Units::kPack) * kPanel + (first + begin) * kPanel,
+                        end - begin, w.out + (r + t * kRows) * narrow + d, narrow, e);
+      }
+      started = 1;
+      fresh = false;
+    }
+  }
+
+  void finish(int64_t r, int rows) {
+    for (int i = 0; i < rows; ++i) {
+      const int64_t row = item.begin + r + i;
+      const int head = int(head_k * group + row % group);
+      T* out = const_cast<T*>(rows_of<T>(p.out, q0 + row / group, head).data);
+      const float sum = w.sum[r + i];
+      const float* acc = w.out + (r + i) * narrow;
+      const bool empty = !w.started[(r + i) / kRows] || sum == 0;
+      const vf factor = broadcast(empty ? 0.0f : 1.0f / sum);
+      for (int64_t d = 0; d < p.dim; d += kLanes) {
+        const vf x = empty ? vf{} : load(acc + d) * factor;
+        if (d + kLanes <= p.dim)
+          store(out + d, x);
+        else
+          store_tail(out + d, x, int(p.dim - d));
+      }
+      p.lse[head * p.layout_q.total + q0 + row / group] =
+          empty ? -kInfinity : w.maximum[r + i] * kLn2 + std::log(sum);
+    }
+  }
+};
+
+template <class Units, class T>
+void forward_all(const AttentionParams& p) {
+  zero_outside<T>(p.layout_q, p.out, p.heads, p.dim);
+  for (int h = 0; h < p.heads; ++h) {
+    int64_t done = 0;
+    auto empty = [&](int64_t end) {
+      for (; done < end; ++done) p.lse[h * p.layout_q.total + done] = -kInfinity;
+    };
+    for (int64_t b = 0; b < p.layout_q.batch; ++b) {
+      empty(p.layout_q.begin(b));
+      done = p.layout_q.begin(b) + p.layout_q.length(b);
+    }
+    empty(p.layout_q.total);
+  }
+  int64_t longest = 0, rows = 0;
+  for (int64_t b = 0; b < p.layout_k.batch; ++b)
+    longest = p.layout_k.length(b) > longest ? p.layout_k.length(b) : longest;
+  for (int64_t i = 0; i < p.num_items; ++i)
+    rows = p.items[i].end - p.items[i].begin > rows ? p.items[i].end - p.items[i].begin : rows;
+  const int64_t panel_bytes = int64_t(kPanel) * 2 * p.dim / Units::kPack * 4;
+  int64_t capacity = kPackedBytes / panel_bytes / kChunkPanels * kScores;
+  capacity = capacity < kScores ? kScores : capacity;
+  if (longest < capacity) capacity = round_up(longest, kScores);
+  const bool is_trivial = trivial(p.mask);
+  const int64_t total = p.num_items * p.heads_k;
+#pragma omp parallel num_threads(p.threads)
+  {
+    static thread_local Workspace workspace;
+    Buffers<Units> buffers;
+    Arena count;
+    buffers.lay_out(count, p.dim, capacity / kPanel, rows);
+    Arena arena{workspace.reserve(count.used), 0};
+    buffers.lay_out(arena, p.dim, capacity / kPanel, rows);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < total; ++i)
+      Forward<Units, T>{p, p.items[i / p.heads_k], int(i % p.heads_k), buffers, is_trivial, capacity}.run();
+  }
+}
+
+}  // namespace
+
+void attention_forward(const AttentionParams& p) {
+  if (p.dtype == DType::f32) return forward_all<FloatUnits, float>(p);
+#if defined(__AVX512BF16__)
+  forward_all<PairUnits, bf16>(p);
+#else
+  forward_all<FloatUnits, bf16>(p);
+#endif
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

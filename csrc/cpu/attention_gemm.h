@@ -1,0 +1,272 @@
+// Matrix products of the attention kernels: packed panels and register tiles.
+//
+// A product runs over units of 32 bits: one float, or a pair of bfloat16 neighbours of the reduction. Panels
+// hold B as [reduction units][64 columns]; A is read in place by strides, so one tile serves q k^T, p v, p^T
+// dout.
+#pragma once
+#include <cstdlib>
+
+#include "cpu/simd.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+// g++ 12 takes the undefined sources of its own unmasked AVX-512 intrinsics for a mistake.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace mmfast {
+namespace MMFAST_ISA {
+namespace {
+
+constexpr int kPanel = 64;                                // columns of a panel
+constexpr int kGroup = 16;                                // columns computed or left out together
+constexpr int kRows = 6;                                  // rows of a register tile
+constexpr int kVecs = MMFAST_VECTOR_BYTES == 64 ? 4 : 2;  // vectors of a register tile
+
+// x - 0 is x for every x, so the compiler drops it; 0 + x is not.
+MMFAST_INLINE vf broadcast(float x) {
+  return x - vf{};
+}
+
+struct FloatUnits {
+  using Unit = float;
+  static constexpr int kPack = 1;  // elements of a unit
+  using Vector = vf;
+  MMFAST_INLINE vf load_unit(const float* p) { return broadcast(*p); }
+  MMFAST_INLINE vf load_units(const float* p) { return load(p); }
+  MMFAST_INLINE vf multiply_add(vf acc, vf a, vf b) { return acc + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+struct PairUnits {
+  using Unit = uint32_t;
+  static constexpr int kPack = 2;
+  using Vector = __m512i;
+  MMFAST_INLINE __m512i load_unit(const uint32_t* p) {
+    uint32_t x;
+    std::memcpy(&x, p, 4);
+    return _mm512_set1_epi32(int(x));
+  }
+  MMFAST_INLINE __m512i load_units(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  MMFAST_INLINE vf multiply_add(vf acc, __m512i a, __m512i b) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// What happens to a tile of sums: c = factor * sum, c += sum, or c = c * alpha[row] + sum.
+enum class Store { set, add, rescale };
+
+struct Epilogue {
+  Store store;
+  float factor;
+  const float* alpha;
+};
+
+template <class Units, int R, int V>
+__attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row, int64_t a_step,
+                                    const typename Units::Unit* b, int64_t n, float* c, int64_t c_row,
+                                    const Epilogue& epilogue) {
+  vf sum[R][V] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    typename Units::Vector column[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) column[j] = Units::load_units(b + j * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const typename Units::Vector x = Units::load_unit(a + r * a_row);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) sum[r][j] = Units::multiply_add(sum[r][j], x, column[j]);
+    }
+    a += a_step;
+    b += kPanel;
+  }
+  switch (epilogue.store) {
+    case Store::set: {
+      const vf factor = broadcast(epilogue.factor);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) store(c + r * c_row + j * kLanes, sum[r][j] * factor);
+      break;
+    }
+    case Store::add:
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) {
+          float* p = c + r * c_row + j * kLanes;
+          store(p, load(p) + sum[r][j]);
+        }
+      break;
+    case Store::rescale:
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const vf alpha = broadcast(epilogue.alpha[r]);
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) {
+          float* p = c + r * c_row + j * kLanes;
+          store(p, load(p) * alpha + sum[r][j]);
+        }
+      }
+      break;
+  }
+}
+
+template <class Units, int V>
+MMFAST_INLINE void tile_rows(int rows, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
+                             const typename Units::Unit* b, int64_t n, float* c, int64_t c_row,
+                             const Epilogue& e) {
+  switch (rows) {
+    case 6:
+      return tile<Units, 6, V>(a, a_row, a_step, b, n, c, c_row, e);
+    case 5:
+      return tile<Units, 5, V>(a, a_row, a_step, b, n, c, c_row, e);
+    case 4:
+      return tile<Units, 4, V>(a, a_row, a_step, b, n, c, c_row, e);
+    case 3:
+      return tile<Units, 3, V>(a, a_row, a_step, b, n, c, c_row, e);
+    case 2:
+      return tile<Units, 2, V>(a, a_row, a_step, b, n, c, c_row, e);
+    default:
+      return tile<Units, 1, V>(a, a_row, a_step, b, n, c, c_row, e);
+  }
+}
+
+// c [rows <= 6][16 * groups] from a [rows][n] and b [n][16 * groups], groups <= 4.
+template <class Units>
+void multiply(int rows, int groups, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
+              const typename Units::Unit* b, int64_t n, float* c, int64_t c_row, const Epilogue& e) {
+#if MMFAST_VECTOR_BYTES == 64
+  switch (groups) {
+    case 4:
+      return tile_rows<Units, 4>(rows, a, a_row, a_step, b, n, c, c_row, e);
+    case 3:
+      return tile_rows<Units, 3>(rows, a, a_row, a_step, b, n, c, c_row, e);
+    case 2:
+      return tile_rows<Units, 2>(rows, a, a_row, a_step, b, n, c, c_row, e);
+    default:
+      return tile_rows<Units, 1>(rows, a, a_row, a_step, b, n, c, c_row, e);
+  }
+#else
+  for (int j = 0; j < groups * kGroup; j += kVecs * kLanes)
+    tile_rows<Units, kVecs>(rows, a, a_row, a_step, b + j, n, c + j, c_row, e);
+#endif
+}
+
+// Rows of q, k, v or dout of one head as they lie in memory.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+};
+
+MMFAST_INLINE int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+template <class T>
+MMFAST_INLINE vf load_columns(const T* row, int64_t column, int64_t dim) {
+  return column + kLanes <= dim ? load(row + column) : load_tail(row + column, int(dim - column));
+}
+
+// One row as units, with zeros up to a whole group.
+MMFAST_INLINE void copy_row(const float* row, int64_t dim, float* out) {
+  std::memcpy(out, row, dim * 4);
+}
+MMFAST_INLINE void copy_row(const bf16* row, int64_t dim, float* out) {
+  for (int64_t d = 0; d < dim; d += 4) {
+    for (int j = 0; j < 4; ++j) out[d + j] = to_float(row[d + j]);
+  }
+}
+MMFAST_INLINE void copy_row(const bf16* row, int64_t dim, uint32_t* out) {
+  std::memcpy(out, row, dim * 2);
+}
+
+// out[d * 64 + j] = rows[j][d] for 16 rows.
+template <class Unit>
+MMFAST_INLINE void transpose_group(const Unit* const* rows, int64_t units, Unit* out) {
+#if defined(__AVX512F__)
+  // Lane b of x[i] is row 4 b + i, so that 4 x 4 transposes within lanes leave the rows in order.
+  for (int64_t d = 0; d < units; d += 4) {
+    __m512 x[4];
+    for (int i = 0; i < 4; ++i) {
+      auto quarter = [&](int b) { return _mm_loadu_ps(reinterpret_cast<const float*>(rows[4 * b + i] + d)); };
+      x[i] = _mm512_castps128_ps512(quarter(0));
+      x[i] = _mm512_insertf32x4(x[i], quarter(1), 1);
+      x[i] = _mm512_insertf32x4(x[i], quarter(2), 2);
+      x[i] = _mm512_insertf32x4(x[i], quarter(3), 3);
+    }
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(x[2], x[3]));
+    const __m512d e = _mm512_castps_pd(_mm512_unpackhi_ps(x[2], x[3]));
+    _mm512_storeu_pd(out + d * kPanel, _mm512_unpacklo_pd(a, c));
+    _mm512_storeu_pd(out + (d + 1) * kPanel, _mm512_unpackhi_pd(a, c));
+    _mm512_storeu_pd(out + (d + 2) * kPanel, _mm512_unpacklo_pd(b, e));
+    _mm512_storeu_pd(out + (d + 3) * kPanel, _mm512_unpackhi_pd(b, e));
+  }
+#else
+  for (int64_t d = 0; d < units; ++d)
+    for (int j = 0; j < kGroup; ++j) out[d * kPanel + j] = rows[j][d];
+#endif
+}
+
+// A panel of n <= 64 rows, transposed: out[units of dim][64]. Columns up to a whole group are zero.
+// scratch: 17 * dim units.
+template <class Units, class T>
+void pack_transposed(Rows<T> rows, int n, int64_t dim, typename Units::Unit* out,
+                     typename Units::Unit* scratch) {
+  using Unit = typename Units::Unit;
+  const int64_t units = dim / Units::kPack;
+  constexpr bool in_place = sizeof(T) * Units::kPack == sizeof(Unit);
+  Unit* zeros = scratch + kGroup * dim;
+  std::memset(zeros, 0, units * sizeof(Unit));
+  for (int j = 0; j < n; j += kGroup) {
+    const Unit* source[kGroup];
+    for (int i = 0; i < kGroup; ++i) {
+      if (j + i >= n) {
+        source[i] = zeros;
+      } else if (in_place) {
+        source[i] = reinterpret_cast<const Unit*>(rows.data + (j + i) * rows.stride);
+      } else {
+        copy_row(rows.data + (j + i) * rows.stride, dim, scratch + i * dim);
+        source[i] = scratch + i * dim;
+      }
+    }
+    transpose_group(source, units, out + j);
+  }
+}
+
+// n rows as they are: out[ceil(dim / 64)][capacity units][64]; a unit of two rows has the second one zero at
+// the end. Columns up to a whole group are zero.
+template <class Units, class T, class RowOf>
+MMFAST_INLINE void pack_rows_of(RowOf row_of, int64_t n, int64_t dim, int64_t capacity,
+                                typename Units::Unit* out) {
+  for (int64_t i = 0; i < n; i += Units::kPack) {
+    const T* first = row_of(i);
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      typename Units::Unit* target =
+          out + (d / kPanel) * capacity * kPanel + i / Units::kPack * kPanel + d % kPanel;
+      if constexpr (Units::kPack == 1) {
+        store(target, load_columns(first, d, dim));
+      } else {
+#if defined(__AVX512BF16__)
+        const __mmask16 inside = d + kLanes <= dim ? 0xffff : (1 << (dim - d)) - 1;
+        const T* second = i + 1 < n ? row_of(i + 1) : nullptr;
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, first + d));
+        const __m512i high =
+            second ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, second + d)) : __m512i{};
+        _mm512_storeu_si512(target, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#endif
+      }
+    }
+    // With vectors narrower than a group, dim may end inside one.
+    for (int64_t d = round_up(dim, kLanes); d < round_up(dim, kGroup); ++d)
+      out[(d / kPanel) * capacity * kPanel + i / Units::kPack * kPanel + d % kPanel] = 0;
+  }
+}
+
+}  // namespace
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

@@ -1,0 +1,62 @@
+// How attention divides its work. Depends on shapes only, never on the number of threads, so that every sum
+// has one order. Host code, compiled once: for the binding, not for kernel files.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "mmfast/attention.h"
+
+namespace mmfast {
+
+constexpr int64_t kEnoughItems = 16;  // from here on every sample is one item per head
+constexpr int64_t kMaxParts = 8;      // bounds the private dQ of split samples
+
+struct AttentionPlan {
+  std::vector<AttentionItem> items;
+  std::vector<int32_t> parts;
+  int32_t max_parts = 1;
+};
+
+// Longest first, so that no thread begins a long item last.
+inline void sort_items(AttentionPlan& plan, const LayoutView& other) {
+  auto cost = [&](const AttentionItem& item) { return (item.end - item.begin) * other.length(item.sample); };
+  std::stable_sort(plan.items.begin(), plan.items.end(),
+                   [&](const AttentionItem& a, const AttentionItem& b) { return cost(a) > cost(b); });
+}
+
+inline AttentionPlan plan_forward(const AttentionParams& p) {
+  const int64_t group = p.heads / p.heads_k;
+  // A multiple of the kernels' blocks. Each item packs its keys again, which many rows must pay for.
+  const int64_t most = p.layout_q.batch * p.heads_k < kEnoughItems ? 192 : 768;
+  AttentionPlan plan;
+  for (int64_t b = 0; b < p.layout_q.batch; ++b) {
+    const int64_t rows = p.layout_q.length(b) * group;
+    for (int64_t begin = 0; begin < rows; begin += most)
+      plan.items.push_back({int32_t(b), 0, begin, std::min(begin + most, rows)});
+  }
+  sort_items(plan, p.layout_k);
+  return plan;
+}
+
+inline AttentionPlan plan_backward(const AttentionParams& p) {
+  AttentionPlan plan;
+  plan.parts.assign(size_t(p.layout_k.batch), 1);
+  const int64_t together = std::max<int64_t>(p.layout_k.batch * p.heads_k, 1);
+  for (int64_t b = 0; b < p.layout_k.batch; ++b) {
+    const int64_t keys = p.layout_k.length(b);
+    if (!keys || !p.layout_q.length(b)) continue;
+    const int64_t wanted =
+        std::min({kMaxParts, (kEnoughItems + together - 1) / together, (keys + 255) / 256});
+    const int64_t step = ((keys + wanted - 1) / wanted + 63) / 64 * 64;
+    int32_t part = 0;
+    for (int64_t begin = 0; begin < keys; begin += step)
+      plan.items.push_back({int32_t(b), part++, begin, std::min(begin + step, keys)});
+    plan.parts[size_t(b)] = part;
+    plan.max_parts = std::max(plan.max_parts, part);
+  }
+  sort_items(plan, p.layout_q);
+  return plan;
+}
+
+}  // namespace mmfast

@@ -1,0 +1,100 @@
+// Loops over the rows of a matrix: vectors with a tail, fixed chunks, scratch memory, and stores that bypass
+// the cache, for outputs larger than it. Include inside kernel files only; internal linkage (see isa.h).
+#pragma once
+#include <new>
+
+#include "cpu/simd.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace mmfast {
+namespace MMFAST_ISA {
+namespace {
+
+// A stored vector must be aligned to its own size: rows of `bytes` bytes from `base` on are, or are not.
+MMFAST_INLINE bool can_stream(const void* base, int64_t bytes) {
+#if defined(__AVX2__)
+  return (reinterpret_cast<uintptr_t>(base) | uintptr_t(bytes)) % 64 == 0;
+#else
+  (void)base, (void)bytes;
+  return false;
+#endif
+}
+
+template <bool kStream>
+MMFAST_INLINE void put(float* p, vf v) {
+#if defined(__AVX512F__)
+  if constexpr (kStream) return _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  if constexpr (kStream) return _mm256_stream_ps(p, (__m256)v);
+#endif
+  store(p, v);
+}
+
+template <bool kStream>
+MMFAST_INLINE void put(bf16* p, vf v) {
+#if defined(__AVX2__)
+  if constexpr (kStream) {
+    vh half;
+    store(reinterpret_cast<bf16*>(&half), v);
+#if defined(__AVX512F__)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)half);
+#else
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)half);
+#endif
+  }
+#endif
+  store(p, v);
+}
+
+// Before other threads read what was streamed.
+MMFAST_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// Rows are cut into a number of chunks that depends on the batch only, so that sums over rows do not depend
+// on the number of threads.
+constexpr int64_t kMaxChunks = 64;
+constexpr int64_t kRowsPerChunk = 128;
+
+MMFAST_INLINE int64_t chunks_of(int64_t rows) {
+  const int64_t chunks = (rows + kRowsPerChunk - 1) / kRowsPerChunk;
+  return chunks < 1 ? 1 : chunks < kMaxChunks ? chunks : kMaxChunks;
+}
+
+MMFAST_INLINE int64_t padded(int64_t dim) {
+  return (dim + 15) / 16 * 16;
+}
+
+MMFAST_INLINE float* allocate(int64_t n) {
+  return static_cast<float*>(::operator new[](size_t(n) * sizeof(float), std::align_val_t(64)));
+}
+MMFAST_INLINE void release(float* p) {
+  ::operator delete[](p, std::align_val_t(64));
+}
+
+// Calls body(i, n) for every vector of a row; n is kLanes but for the last.
+template <typename Body>
+MMFAST_INLINE void for_each_vector(int64_t dim, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes) body(i, kLanes);
+  if (i < dim) body(i, int(dim - i));
+}
+template <typename T>
+MMFAST_INLINE vf get(const T* p, int n) {
+  return n == kLanes ? load(p) : load_tail(p, n);
+}
+template <bool kStream, typename T>
+MMFAST_INLINE void set(T* p, vf v, int n) {
+  if (n == kLanes)
+    put<kStream>(p, v);
+  else
+    store_tail(p, v, n);
+}
+}  // namespace
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

@@ -1,0 +1,237 @@
+"""Attention over packed samples with a modality mask.
+
+out_i = sum_j drop_ij softmax_j(rule(softcap(scale * q_i k_j))) v_j, over the keys j of the same sample that i sees.
+Vaswani et al. 2017 (arXiv 1706.03762); the kernels follow FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmfast import _native
+from mmfast.layout import Layout
+from mmfast.mask import ModalityMask
+from mmfast.ops import _dispatch, _library
+from mmfast.reference import attention as _reference
+from mmfast.reference.attention import attention_weights
+
+_FULL = ModalityMask.full()
+_FIELDS = ("cu_seqlens", "seqused", "modality", "time", "start")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout_q: Layout,
+    layout_k: Layout | None = None,
+    mask: ModalityMask | None = None,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of packed queries onto packed keys; each sample sees itself only, and of itself what the mask shows.
+
+    Order: scale, softcap `softcap * tanh(s / softcap)`, rule, softmax, dropout. A row that sees nothing gives zeros
+    and zero gradients. Rows outside the layout are never read; output and gradients are zero there.
+
+    Args:
+        q: `[Tq, H, D]`; D a multiple of 8 up to 256. float32, bfloat16, float16 or float64 (reference only).
+        k, v: `[Tk, Hk, D]`, dtype of q, `H % Hk == 0`: query head h reads key head `h // (H // Hk)`. q, k and v may
+            be strided views whose last dimension is contiguous, such as slices of a fused `[T, 3, H, D]`.
+        layout_q: which rows of q belong to which sample, with their modality and time.
+        layout_k: the same for k and v, with the same number of samples; None: `layout_q` (self-attention).
+        mask: who sees whom; None: `ModalityMask.full()`.
+        softmax_scale: factor of the scores; None: `D ** -0.5`.
+        softcap: limit of the scores, in units of the scaled scores; 0: none (logit soft-capping of Gemma 2).
+        dropout_p: probability that a weight is dropped; the others are scaled by `1 / (1 - dropout_p)`.
+        dropout_seed: int64, one element, on q's device; needed with dropout. The decision for (query head, sample,
+            query row in the sample, key row in the sample) is a Philox number: equal on all backends and in backward.
+        return_lse: also return the logarithm of the softmax's denominator.
+        backend: "cpu" or "reference"; None: chosen.
+
+    Returns:
+        out `[Tq, H, D]`, dtype of q (under autocast its dtype); with `return_lse` also lse float32 `[H, Tq]`, natural
+        logarithm, -inf for rows that see nothing.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit; the message says which and how to mend it.
+        RuntimeError: the explicit backend cannot run.
+
+    Differentiable in q, k and v once (twice with `backend="reference"`), deterministic; lse is not differentiable.
+
+    Source: Vaswani et al. 2017, equation 1; Gemma 2 (arXiv 2408.00118) for the softcap.
+    """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    layout_k = layout_q if layout_k is None else layout_k
+    mask = _FULL if mask is None else mask
+    _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    chosen = _dispatch.choose(
+        "attention",
+        backend,
+        {
+            "cpu": lambda: _dispatch.cpu_refusal(
+                q, k, v, layout_q.cu_seqlens, dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.int32)
+            )
+        },
+    )
+    if chosen == "reference":
+        out, lse = _reference.attention(
+            q,
+            k,
+            v,
+            layout_q,
+            layout_k,
+            mask,
+            softmax_scale=scale,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+        )
+        lse = lse.float()
+    else:
+        half = q.dtype == torch.float16
+        if half:
+            q, k, v = q.float(), k.float(), v.float()
+        out, lse = _attention(
+            q,
+            k,
+            v,
+            *(getattr(layout_q, field) for field in _FIELDS),
+            *(getattr(layout_k, field) for field in _FIELDS),
+            mask.table(layout_q.names, layout_k.names),
+            *mask.window,
+            scale,
+            softcap,
+            dropout_p,
+            dropout_seed if dropout_p > 0 else None,
+        )
+        if half:
+            out = out.half()
+    return (out, lse) if return_lse else out
+
+
+def _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3:
+            raise ValueError(f"attention: {name} must be [T, heads, D], got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"attention: {name} has dtype {x.dtype}; expected a floating-point dtype")
+        if x.dtype != q.dtype:
+            raise TypeError(f"attention: {name} has dtype {x.dtype}, q has {q.dtype}; convert them to one dtype")
+        if x.device != q.device:
+            raise ValueError(f"attention: {name} is on {x.device}, q on {q.device}; move them to one device")
+    if q.shape[2] % 8 or not 8 <= q.shape[2] <= 256:
+        raise ValueError(f"attention: D is {q.shape[2]}; expected a multiple of 8 up to 256; pad q, k and v with zeros")
+    if k.shape != v.shape:
+        raise ValueError(f"attention: v has shape {list(v.shape)}; expected k's {list(k.shape)}")
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"attention: k has D = {k.shape[2]}, q has {q.shape[2]}; they must be equal")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: k has {k.shape[1]} heads, which must divide q's {q.shape[1]}")
+    for name, layout, x, tensor in (("layout_q", layout_q, q, "q"), ("layout_k", layout_k, k, "k")):
+        if not isinstance(layout, Layout):
+            raise TypeError(f"attention: {name} must be a mmfast.Layout, got {type(layout).__name__}")
+        if layout.cu_seqlens.device != q.device:
+            raise ValueError(f"attention: {name} is on {layout.device}, q on {q.device}; move it with .to()")
+        for field in (layout.modality, layout.time):
+            if field is not None and field.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"attention: {name} describes {field.shape[0]} rows, {tensor} has {x.shape[0]}; "
+                    "pass the layout that the tokens were packed with"
+                )
+    if layout_k.cu_seqlens.shape[0] != layout_q.cu_seqlens.shape[0]:
+        raise ValueError(
+            f"attention: layout_q has {layout_q.batch} samples, layout_k {layout_k.batch}; they must have the same"
+        )
+    if not isinstance(mask, ModalityMask):
+        raise TypeError(f"attention: mask must be a mmfast.ModalityMask, got {type(mask).__name__}")
+    if softcap < 0:
+        raise ValueError(f"attention: softcap is {softcap}; expected 0 (none) or a positive limit")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"attention: dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
+    if dropout_p > 0:
+        if not isinstance(dropout_seed, Tensor) or dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
+            raise ValueError("attention: dropout needs dropout_seed, an int64 tensor of one element on q's device")
+        if dropout_seed.device != q.device:
+            raise ValueError(f"attention: dropout_seed is on {dropout_seed.device}, q on {q.device}; move it there")
+
+
+# torch.library
+
+_LAYOUTS = ", ".join(
+    f"Tensor cu_seqlens_{side}, " + ", ".join(f"Tensor? {field}_{side}" for field in _FIELDS[1:]) for side in "qk"
+)
+_OPTIONS = (
+    "int[] rules, int window_left, int window_right, float scale, float softcap, float dropout_p, Tensor? dropout_seed"
+)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _forward_cpu(q, k, v, *rest):
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    _native.cpu().attention_forward(_rows(q), _rows(k), _rows(v), out, lse, rest[:5], rest[5:10], *rest[10:])
+    return out, lse
+
+
+def _forward_fake(q, k, v, *rest):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, ctx.options = inputs[:13], inputs[13:-1]
+    out, lse = output
+    ctx.save_for_backward(*tensors, inputs[-1], out, lse)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dout, dlse):
+    *inputs, seed, out, lse = ctx.saved_tensors
+    if dout is None:
+        return (None,) * 20
+    dq, dk, dv = _attention_backward(dout, *inputs[:3], out, lse, *inputs[3:], *ctx.options, seed)
+    return (dq, dk, dv) + (None,) * 17
+
+
+def _backward_cpu(dout, q, k, v, out, lse, *rest):
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    _native.cpu().attention_backward(
+        _rows(dout), _rows(q), _rows(k), _rows(v), out, lse, dq, dk, dv, rest[:5], rest[5:10], *rest[10:]
+    )
+    return dq, dk, dv
+
+
+def _backward_fake(dout, q, k, v, *rest):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+_attention_backward = _library.define(
+    f"attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LAYOUTS}, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+    backward=_library.no_double_backward("attention"),
+)
+
+_attention = _library.define(
+    f"attention(Tensor q, Tensor k, Tensor v, {_LAYOUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd,
+)
+
+__all__ = ["attention", "attention_weights"]
