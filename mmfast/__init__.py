@@ -3,6 +3,7 @@
 from mmfast.layout import Layout
 from mmfast.mask import ModalityMask, Rule
 from mmfast.ops.attention import attention
+from mmfast.ops.contrastive import contrastive_loss
 from mmfast.ops.packing import LayerNorm, Order, Part, RMSNorm, from_padded, pack, to_padded, unpack
 from mmfast.ops.perturbation import perturb_, random_start_
 from mmfast.ops.rotary import rotary
@@ -19,6 +20,7 @@ __all__ = [
     "Rule",
     "__version__",
     "attention",
+    "contrastive_loss",
     "from_padded",
     "pack",
     "perturb_",

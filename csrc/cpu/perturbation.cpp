@@ -335,17 +335,20 @@ void for_pieces(const PerturbParams& p, bool whole_samples, const F& f) {
   };
   auto cut = [&](const PerturbTensor& t) { return !whole_samples || t.token_size; };
   int64_t* first = new int64_t[samples + 1];  // first piece of each sample
-  int64_t pieces = 0, s = 0;
+  int64_t pieces = 0, s = 0, elements = 0;
   for (int64_t i = 0; i < p.count; ++i) {
     const PerturbTensor& t = p.tensors[i];
     for (int64_t b = 0; b < t.batch; ++b) {
       first[s++] = pieces;
       const int64_t n = t.size(b);
+      elements += n;
       pieces += n == 0 ? 0 : cut(t) ? (n + piece_of(t) - 1) / piece_of(t) : 1;
     }
   }
   first[samples] = pieces;
-  auto run = [&](int64_t i, int threads) {
+  // Waking a thread costs more than a few thousand elements.
+  const int threads = int(min64(p.threads, 1 + elements / (kBlock / 2)));
+  auto run = [&](int64_t i, int shared_by) {
     int64_t low = 0, high = samples;  // the last sample that begins at piece i or before
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
@@ -356,12 +359,12 @@ void for_pieces(const PerturbParams& p, bool whole_samples, const F& f) {
     for (int64_t b = low; b >= p.tensors[which].batch; ++which) low = b -= p.tensors[which].batch;
     const PerturbTensor& t = p.tensors[which];
     const int64_t n = t.size(low), step = cut(t) ? piece_of(t) : n;
-    f(which, low, part * step, min64(step, n - part * step), threads);
+    f(which, low, part * step, min64(step, n - part * step), shared_by);
   };
-  if (pieces < 2 * int64_t(p.threads) && whole_samples) {
-    for (int64_t i = 0; i < pieces; ++i) run(i, p.threads);
+  if (threads == 1 || (pieces < 2 * threads && whole_samples)) {
+    for (int64_t i = 0; i < pieces; ++i) run(i, threads);
   } else {
-#pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t i = 0; i < pieces; ++i) run(i, 1);
   }
   delete[] first;

@@ -1,0 +1,294 @@
+"""Contrastive losses over all pairs of two sets of features, in memory that grows with N and not with N^2.
+
+Formulas: `mmfast/reference/contrastive.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmfast import _native
+from mmfast.ops._dispatch import choose, cpu_refusal
+from mmfast.ops._library import define, no_double_backward
+from mmfast.reference import contrastive as reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ALIGN = 16  # features are padded with zeros to a multiple of this
+
+
+def contrastive_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: Tensor | float,
+    kind: str = "infonce",
+    bias: Tensor | float | None = None,
+    ids: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Contrastive loss of N pairs (x_i, y_i), every other pair a negative.
+
+        z_ij = scale * <x_i, y_j> + bias
+        infonce: 1 / (2 N) * sum_i (log sum_j exp z_ij - z_ii) + (log sum_j exp z_ji - z_ii)
+        sigmoid: -1 / N * sum_ij log sigmoid(l_ij z_ij), l_ii = 1, l_ij = -1
+
+    Scores are computed in tiles and again in the backward pass, never stored: 8 N^2 D operations, O(N D) memory.
+
+    Args:
+        x, y: features `[N, D]`, N >= 1; the caller normalises them. float32, bfloat16, float16 (float64: reference).
+            Sums, exponentials and statistics are float32. Under autocast they are cast to its dtype.
+        scale: factor of the scores, 1 / temperature (CLIP `logit_scale.exp()`); a number, or a tensor of one element
+            on x's device, which receives a gradient.
+        kind: "infonce" (CLIP) or "sigmoid" (SigLIP).
+        bias: added to the scores (SigLIP `logit_bias`), sigmoid only; as `scale`.
+        ids: int64 `[N]`, which thing each pair shows: pairs (i, j != i) with equal ids are no negatives, and left out.
+        group: process group whose ranks hold equally many pairs each: the loss is over all their pairs. y is gathered
+            once; each rank computes its rows of scores. The value is the same on all ranks. Gradients are those of
+            the sum of the ranks' values, so that averaging over ranks (DDP) gives the gradient of one loss.
+        backend: "cpu", "reference", or None for the best that can run.
+
+    Returns:
+        float32 scalar (float64 for float64 input). Once differentiable (reference: twice) in x, y, scale, bias.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit.
+        RuntimeError: the explicit backend cannot run.
+        NotImplementedError: second derivatives of the kernels.
+
+    Sources: Radford et al. 2021, figure 3 (CLIP); Zhai et al. 2023, eq. 1 (SigLIP); Cheng et al. 2024 (Inf-CL, tiles).
+    """
+    op = "contrastive_loss"
+    _check(op, x, y, kind, bias, ids)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x, y = x.to(torch.get_autocast_dtype(device)), y.to(torch.get_autocast_dtype(device))
+    scale = _number(op, "scale", scale, x)
+    bias = _number(op, "bias", 0.0 if bias is None else bias, x)
+    chosen = choose(op, backend, {"cpu": lambda: cpu_refusal(x, y, dtypes=_DTYPES)})
+    world = 1 if group is None else dist.get_world_size(group)
+    offset = 0
+    ids_y = ids
+    if world > 1:
+        y = _gather(op, y, group)
+        ids_y = None if ids is None else _gather(op, ids, group)
+        offset = dist.get_rank(group) * x.shape[0]
+    if chosen == "cpu":
+        x, y = _prepared(x), _prepared(y)
+    if kind == "sigmoid":
+        run = _sigmoid if chosen == "cpu" else reference.sigmoid_rows
+        loss = run(x, y, scale, bias, ids, ids_y, offset).mean()
+    else:
+        run = _infonce if chosen == "cpu" else reference.infonce_statistics
+        row, column, diagonal = run(x, y, scale, ids, ids_y, offset)
+        if world > 1:
+            # Each rank saw some rows of every column.
+            parts = _gather(op, column[None], group)
+            column = parts.logsumexp(0)[offset : offset + x.shape[0]]
+        loss = (0.5 * (row + column) - diagonal).mean()
+    if world > 1:
+        total = loss.detach().clone()
+        dist.all_reduce(total, group=group)
+        loss = loss + (total / world - loss.detach())
+    return loss
+
+
+def _check(op, x, y, kind, bias, ids) -> None:
+    if kind not in ("infonce", "sigmoid"):
+        raise ValueError(f"{op}: kind is {kind!r}; expected 'infonce' or 'sigmoid'")
+    if x.dim() != 2 or x.shape[0] < 1 or not x.is_floating_point():
+        raise ValueError(f"{op}: x is {_describe(x)}; expected floating-point features [N, D] with N >= 1")
+    if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
+        raise ValueError(
+            f"{op}: y is {_describe(y)} on {y.device}; expected x's dtype, shape and device, {_describe(x)} on "
+            f"{x.device}: row i of x and row i of y are a pair"
+        )
+    if bias is not None and kind != "sigmoid":
+        raise ValueError(f"{op}: bias belongs to kind='sigmoid'; a constant changes nothing in 'infonce'")
+    if ids is not None and (ids.dtype != torch.int64 or ids.shape != x.shape[:1] or ids.device != x.device):
+        raise ValueError(f"{op}: ids are {_describe(ids)}; expected int64 [{x.shape[0]}] on {x.device}")
+
+
+def _number(op: str, name: str, value: Tensor | float, x: Tensor) -> Tensor:
+    """A tensor of no dimension, float32 unless x is float64."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=x.device)
+    if value.numel() != 1 or value.device != x.device:
+        raise ValueError(f"{op}: {name} is {_describe(value)} on {value.device}; expected one number on {x.device}")
+    return value.reshape(()).to(dtype)
+
+
+def _prepared(x: Tensor) -> Tensor:
+    """float32 or bfloat16, contiguous, features a multiple of 16."""
+    x = x.float() if x.dtype == torch.float16 else x
+    if x.shape[1] % _ALIGN or x.shape[1] == 0:
+        x = torch.nn.functional.pad(x, (0, (-x.shape[1]) % _ALIGN or _ALIGN))
+    return x.contiguous()
+
+
+def _describe(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
+
+# All ranks' rows
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, ctx.rows = group, x.shape[0]
+        world = dist.get_world_size(group)
+        out = x.new_empty(world * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        # The sum over ranks in float32: bfloat16 would round once per rank.
+        total = grad.float().contiguous()
+        out = total.new_empty(ctx.rows, *grad.shape[1:])
+        dist.reduce_scatter_tensor(out, total, group=ctx.group)
+        return out.to(grad.dtype), None
+
+
+def _gather(op: str, x: Tensor, group) -> Tensor:
+    if x.device.type == "cpu" and x.dim() == 2 and x.shape[0] > 1:
+        rows = torch.tensor([x.shape[0]])
+        every = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(every, rows, group=group)
+        if any(int(r) != x.shape[0] for r in every):
+            raise ValueError(f"{op}: the ranks hold {[int(r) for r in every]} pairs; expected equally many on each")
+    return _Gather.apply(x, group) if x.is_floating_point() else _Gather.forward(_NoContext(), x, group)
+
+
+class _NoContext:
+    pass
+
+
+# The kernels
+
+
+def _codes(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Ids as int32 that are equal where the ids are."""
+    if ids_x is None:
+        return None, None
+    codes = torch.unique(torch.cat([ids_x, ids_y]), return_inverse=True)[1].to(torch.int32)
+    return codes[: ids_x.shape[0]].contiguous(), codes[ids_x.shape[0] :].contiguous()
+
+
+def _infonce_cpu(x, y, scale, ids_x, ids_y, offset):
+    row, diagonal = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    column = torch.empty(y.shape[0], dtype=torch.float32)
+    _native.cpu().contrastive_forward(x, y, scale, None, *_codes(ids_x, ids_y), offset, False, row, column, diagonal)
+    return row, column, diagonal
+
+
+def _infonce_fake(x, y, scale, ids_x, ids_y, offset):
+    n, m = x.shape[0], y.shape[0]
+    return tuple(x.new_empty(size, dtype=torch.float32) for size in (n, m, n))
+
+
+def _sigmoid_cpu(x, y, scale, bias, ids_x, ids_y, offset):
+    row = torch.empty(x.shape[0], dtype=torch.float32)
+    _native.cpu().contrastive_forward(x, y, scale, bias, *_codes(ids_x, ids_y), offset, True, row, None, None)
+    return row
+
+
+def _sigmoid_fake(x, y, scale, bias, ids_x, ids_y, offset):
+    return x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def _backward_cpu(x, y, scale, bias, ids_x, ids_y, offset, row, column, grads, need_x, need_y):
+    dx = torch.zeros(x.shape if need_x else (0, 0), dtype=torch.float32)
+    dy = torch.zeros(y.shape if need_y else (0, 0), dtype=torch.float32)
+    dscale, dbias = torch.empty(1), torch.empty(1)
+    sigmoid = column is None
+    grads = [g.contiguous() for g in grads] + [None, None]
+    _native.cpu().contrastive_backward(
+        x,
+        y,
+        scale,
+        bias,
+        *_codes(ids_x, ids_y),
+        offset,
+        sigmoid,
+        row,
+        column,
+        *grads[:3],
+        dx if need_x else None,
+        dy if need_y else None,
+        dscale,
+        dbias,
+    )
+    return dx.to(x.dtype), dy.to(y.dtype), dscale.reshape(()), dbias.reshape(())
+
+
+def _backward_fake(x, y, scale, bias, ids_x, ids_y, offset, row, column, grads, need_x, need_y):
+    dx = torch.empty_like(x) if need_x else x.new_empty(0, 0)
+    dy = torch.empty_like(y) if need_y else y.new_empty(0, 0)
+    return dx, dy, scale.new_empty(()), scale.new_empty(())
+
+
+_backward = define(
+    "contrastive_backward(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? ids_x, Tensor? ids_y, int offset,"
+    " Tensor? row, Tensor? column, Tensor[] grads, bool need_x, bool need_y) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+    setup_context=lambda ctx, inputs, output: None,
+    backward=no_double_backward("contrastive_loss"),
+)
+
+
+def _setup_infonce(ctx, inputs, output):
+    x, y, scale, ids_x, ids_y, ctx.offset = inputs
+    row, column, _ = output
+    ctx.save_for_backward(x, y, scale, ids_x, ids_y, row, column)
+
+
+def _infonce_backward(ctx, *grads):
+    x, y, scale, ids_x, ids_y, row, column = ctx.saved_tensors
+    need_x, need_y, need_scale, *_ = ctx.needs_input_grad
+    dx, dy, dscale, _ = _backward(x, y, scale, None, ids_x, ids_y, ctx.offset, row, column, list(grads), need_x, need_y)
+    return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None, None
+
+
+def _setup_sigmoid(ctx, inputs, output):
+    x, y, scale, bias, ids_x, ids_y, ctx.offset = inputs
+    ctx.save_for_backward(x, y, scale, bias, ids_x, ids_y)
+
+
+def _sigmoid_backward(ctx, grad):
+    x, y, scale, bias, ids_x, ids_y = ctx.saved_tensors
+    need_x, need_y, need_scale, need_bias, *_ = ctx.needs_input_grad
+    dx, dy, dscale, dbias = _backward(x, y, scale, bias, ids_x, ids_y, ctx.offset, None, None, [grad], need_x, need_y)
+    return (
+        dx if need_x else None,
+        dy if need_y else None,
+        dscale if need_scale else None,
+        dbias if need_bias else None,
+        None,
+        None,
+        None,
+    )
+
+
+_infonce = define(
+    "contrastive_infonce(Tensor x, Tensor y, Tensor scale, Tensor? ids_x, Tensor? ids_y, int offset)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_infonce_cpu,
+    fake=_infonce_fake,
+    setup_context=_setup_infonce,
+    backward=_infonce_backward,
+)
+
+_sigmoid = define(
+    "contrastive_sigmoid(Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? ids_x, Tensor? ids_y, int offset)"
+    " -> Tensor",
+    cpu=_sigmoid_cpu,
+    fake=_sigmoid_fake,
+    setup_context=_setup_sigmoid,
+    backward=_sigmoid_backward,
+)
