@@ -175,7 +175,8 @@ class Layout:
         """Batches behind each other: the samples of all layouts, in order. The tokens are concatenated likewise.
 
         Fields that some layouts have and others lack take their default values. Rows outside a layout
-        (beyond `cu_seqlens[B]`) may stand only in the last one. `start`, `seqused` and `time` are kept.
+        may stand only before the first and after the last one. `start`, `seqused` and `time` are kept.
+        The default `position` is the position in the sample, on every axis.
         """
         if not layouts:
             raise ValueError("Layout.concat: expected at least one layout, got none")
@@ -183,6 +184,17 @@ class Layout:
         for x in layouts:
             if x.names != names[: len(x.names)]:
                 raise ValueError(f"Layout.concat: the layouts name their modalities differently: {names} and {x.names}")
+        axes = {x.position.shape[1] for x in layouts if x.position is not None}
+        if len(axes) > 1:
+            raise ValueError(f"Layout.concat: the layouts have {sorted(axes)} position axes; expected the same number")
+        if layouts[0].device.type == "cpu" and not torch.compiler.is_compiling():
+            for i, x in enumerate(layouts):
+                first, last = int(x.cu_seqlens[0]), int(x.cu_seqlens[-1])
+                if (i and first) or (i + 1 < len(layouts) and last != x.total):
+                    raise ValueError(
+                        f"Layout.concat: layout {i} holds rows {first} to {last} of {x.total}; rows outside a layout "
+                        "may stand only before the first and after the last one"
+                    )
         ends = torch.stack([x.cu_seqlens[-1] for x in layouts]).cumsum(0)
         cu_seqlens = [layouts[0].cu_seqlens] + [x.cu_seqlens[1:] + end for x, end in zip(layouts[1:], ends)]
         fields = {}
@@ -191,7 +203,7 @@ class Layout:
             "start": lambda x: torch.zeros_like(x.cu_seqlens[1:]),
             "modality": lambda x: torch.zeros(x.total, dtype=torch.uint8, device=x.device),
             "time": lambda x: x.times(),
-            "position": lambda x: x.positions()[:, None],
+            "position": lambda x: x.positions()[:, None].expand(-1, *axes),
         }
         for field, default in defaults.items():
             if any(getattr(x, field) is not None for x in layouts):
@@ -345,7 +357,9 @@ class Layout:
         if kind == "prefix" and lengths is not None:
             if lengths.shape != (self.batch,):
                 raise ValueError(f"Layout.with_time: lengths must be [{self.batch}], got {_describe(lengths)}")
-            sample = self.samples().clamp(max=max(self.batch - 1, 0))
+            if self.batch == 0:
+                return dataclasses.replace(self, time=position)
+            sample = self.samples().clamp(max=self.batch - 1)
             start = self.start[sample] if self.start is not None else 0
             time = torch.where(position - start < lengths.to(self.device)[sample], 0, position)
             return dataclasses.replace(self, time=time.to(torch.int32))
