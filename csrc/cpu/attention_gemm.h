@@ -1,13 +1,8 @@
 // Matrix products of the attention kernels: packed panels and register tiles.
 //
-<<<<<<< HEAD
 // A product runs over units of 32 bits: one float, or a pair of bfloat16 neighbours of the reduction. Panels
 // hold B as [reduction units][64 columns]; A is read in place by strides, so one tile serves q k^T, p v, p^T
 // dout.
-=======
-// A product runs over units of 32 bits: one float, or a pair of bfloat16 neighbours of the reduction. Panels hold
-// B as [reduction units][64 columns]; A is read in place by strides, so one tile serves q k^T, p v, p^T dout.
->>>>>>> losses
 #pragma once
 #include <cstdlib>
 
@@ -23,15 +18,9 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-<<<<<<< HEAD
 constexpr int kPanel = 64;                                // columns of a panel
 constexpr int kGroup = 16;                                // columns computed or left out together
 constexpr int kRows = 6;                                  // rows of a register tile
-=======
-constexpr int kPanel = 64;  // columns of a panel
-constexpr int kGroup = 16;  // columns computed or left out together
-constexpr int kRows = 6;    // rows of a register tile
->>>>>>> losses
 constexpr int kVecs = MMFAST_VECTOR_BYTES == 64 ? 4 : 2;  // vectors of a register tile
 
 // x - 0 is x for every x, so the compiler drops it; 0 + x is not.
@@ -249,25 +238,16 @@ void pack_transposed(Rows<T> rows, int n, int64_t dim, typename Units::Unit* out
   }
 }
 
-<<<<<<< HEAD
 // n rows as they are: out[ceil(dim / 64)][capacity units][64]; a unit of two rows has the second one zero at
 // the end. Columns up to a whole group are zero.
-=======
-// n rows as they are: out[ceil(dim / 64)][capacity units][64]; a unit of two rows has the second one zero at the
-// end. Columns up to a whole group are zero.
->>>>>>> losses
 template <class Units, class T, class RowOf>
 MMFAST_INLINE void pack_rows_of(RowOf row_of, int64_t n, int64_t dim, int64_t capacity,
                                 typename Units::Unit* out) {
   for (int64_t i = 0; i < n; i += Units::kPack) {
     const T* first = row_of(i);
     for (int64_t d = 0; d < dim; d += kLanes) {
-<<<<<<< HEAD
       typename Units::Unit* target =
           out + (d / kPanel) * capacity * kPanel + i / Units::kPack * kPanel + d % kPanel;
-=======
-      typename Units::Unit* target = out + (d / kPanel) * capacity * kPanel + i / Units::kPack * kPanel + d % kPanel;
->>>>>>> losses
       if constexpr (Units::kPack == 1) {
         store(target, load_columns(first, d, dim));
       } else {
