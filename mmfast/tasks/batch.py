@@ -22,6 +22,8 @@ class Batch:
             and retrieval tasks.
         labels: int64 `[B]`, optional: class of each sample.
         tokens: real tokens of all inputs, for the log.
+        candidates, candidate_ids: more inputs of one modality with their ids, int64 `[M]`, that `Contrastive` ranks
+            the other modality against: all names of a closed set, for example. Ids are unique.
     """
 
     inputs: Mapping[str, Any]
@@ -29,13 +31,14 @@ class Batch:
     ids: Tensor | None = None
     labels: Tensor | None = None
     tokens: int = 0
+    candidates: Any = None
+    candidate_ids: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
         move = lambda x: None if x is None else x.to(device)  # noqa: E731
-        return dataclasses.replace(
-            self, inputs={k: v.to(device) for k, v in self.inputs.items()}, ids=move(self.ids), labels=move(self.labels)
-        )
+        moved = {k: move(getattr(self, k)) for k in ("ids", "labels", "candidates", "candidate_ids")}
+        return dataclasses.replace(self, inputs={k: v.to(device) for k, v in self.inputs.items()}, **moved)
 
 
 def need(batch: Batch, field: str, task: str) -> Tensor:

@@ -21,7 +21,8 @@ class Contrastive:
         kind: "infonce" (Radford et al. 2021, CLIP) or "sigmoid" (Zhai et al. 2023, SigLIP; needs `model.logit_bias`).
         within: weight of the supervised contrastive loss inside the first modality (samples of one id attract: two
             artists of one concept); 0 leaves it out.
-        within_scale: its scale (1 / temperature).
+        within_scale: its scale (1 / temperature); None: that of the model.
+        candidates: weight of the cross-entropy of the first modality against `batch.candidates`; 0 leaves it out.
 
     Samples that lack one of the two modalities are left out.
 
@@ -36,12 +37,13 @@ class Contrastive:
         *,
         kind: str = "infonce",
         within: float = 0.0,
-        within_scale: float = 10.0,
+        within_scale: float | None = None,
+        candidates: float = 0.0,
     ):
         if kind not in ("infonce", "sigmoid"):
             raise ValueError(f"Contrastive: kind is {kind!r}, expected 'infonce' or 'sigmoid'")
         self.first, self.second, self.kind = first, second, kind
-        self.within, self.within_scale = within, within_scale
+        self.within, self.within_scale, self.candidates = within, within_scale, candidates
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict]:
         """The batch's loss and figures."""
@@ -50,6 +52,7 @@ class Contrastive:
     def loss_of(self, model: nn.Module, features: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, dict]:
         """As `loss`, from the model's pooled features."""
         ids = need(batch, "ids", "Contrastive")
+        names = model({self.second: batch.candidates})[self.second] if self.candidates else None
         # Unit vectors and their products stay in float32: a scale of 50 would magnify bfloat16's rounding.
         with torch.autocast(ids.device.type, enabled=False):
             x, y = (model.project(name, features[name].float()) for name in (self.first, self.second))
@@ -61,13 +64,25 @@ class Contrastive:
             loss = mmfast.contrastive_loss(x, y, scale=scale, kind=self.kind, bias=bias, ids=ids)
             figures = {"contrastive": loss.detach(), "scale": scale.detach()}
             if self.within:
-                inside = supervised_contrastive(x, ids, self.within_scale)
+                inside = supervised_contrastive(x, ids, self.within_scale or scale)
                 figures["within"] = inside.detach()
                 loss = loss + self.within * inside
+            if self.candidates:
+                named = self._among_candidates(model.project(self.second, names.float()), batch, x, ids, scale)
+                figures["candidates"] = named.detach()
+                loss = loss + self.candidates * named
         with torch.no_grad():
             best = (x @ y.T).argmax(1)
             figures["accuracy"] = 100 * (ids[best] == ids).float().mean()
         return loss, figures
+
+    def _among_candidates(self, y: Tensor, batch: Batch, x: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
+        """Cross-entropy of x among the candidates y; samples whose id is not there are left out."""
+        known = need(batch, "candidate_ids", "Contrastive")
+        order = known.argsort()
+        place = torch.searchsorted(known[order], ids).clamp(max=len(known) - 1)
+        target = order[place]
+        return F.cross_entropy(scale * (x @ y.T), target.masked_fill(known[target] != ids, -100))
 
     def _both(self, batch: Batch, x: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The rows that have both modalities."""

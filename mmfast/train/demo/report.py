@@ -275,21 +275,27 @@ def _multitask(result: dict) -> str:
 def _adversarial(result: dict) -> str:
     cards = []
     for kind in ("clean", "adversarial"):
-        values = {k: (v, float("nan")) for k, v in result[kind].items() if isinstance(v, float) and k != "seconds"}
-        cards.append(
-            f'<div class="card"><h3>{kind.capitalize()} fine-tuning</h3>{charts.bars(values, highest=80)}</div>'
+        one = result[kind]
+        values = {k: (v, float("nan")) for k, v in one["accuracy"].items()}
+        pictures = "".join(
+            charts.picture(
+                torch.tensor(p["pixels"], dtype=torch.uint8), size=52, kind="right" if p["right"] else "wrong"
+            )
+            for p in one["pictures"]
         )
-    pictures = "".join(
-        f"<figure>{charts.picture(torch.tensor(p['pixels'], dtype=torch.uint8), size=72, kind='right' if p['right'] else 'wrong')}"
-        f"<figcaption>{html.escape(p['text'])}</figcaption></figure>"
-        for p in result.get("pictures", [])
-    )
+        flags = "; ".join(one["flags"]) or "none (which proves nothing)"
+        cards.append(
+            f'<div class="card"><h3>{kind.capitalize()} fine-tuning</h3>{charts.bars(values, highest=80)}'
+            f'<p class="soft">Pictures under {html.escape(one["attack"])}, green where the class is still right:</p>'
+            f'<div class="strip">{pictures}</div>'
+            f'<p class="soft">Signs of hidden gradients: {html.escape(flags)}.</p></div>'
+        )
     return (
         "<h2>Stamps: training against attacks</h2>"
         f"<p>Fine-tuned twice for {result['steps']} steps, once on pictures as they are and once on FGSM pictures, both "
-        f"tested on 16 classes with changes of at most {result['eps']} of 255 grey levels. Attacks of this kind give an "
-        "upper bound of robustness, not a proof.</p>"
-        f'<div class="cards">{"".join(cards)}</div><div class="strip">{pictures}</div>'
+        f"tested on the 16 classes of {result['samples']} pictures, changed by at most {result['eps']} of 255 grey levels. "
+        "Attacks give an upper bound of robustness, not a proof.</p>"
+        f'<div class="cards">{"".join(cards)}</div>'
     )
 
 

@@ -145,11 +145,10 @@ def _multitask(result: dict) -> list[Row]:
 def _adversarial(result: dict) -> list[Row]:
     rows = []
     for kind in ("clean", "adversarial"):
-        for name, value in result[kind].items():
-            if isinstance(value, float) and name != "seconds":
-                under = "unattacked" if name == "clean" else f"under {name}, {result['eps']}/255"
-                plain = PLAIN["fgsm clean" if kind == "clean" else "fgsm trained"] if name == "FGSM" else ""
-                rows.append(Row(f"stamps, {kind} fine-tuning: {under}", value, plain=plain))
+        for name, value in result[kind]["accuracy"].items():
+            under = "unattacked" if name == "clean" else f"under {name}, {result['eps']}/255"
+            plain = PLAIN["fgsm clean" if kind == "clean" else "fgsm trained"] if name == "FGSM" else ""
+            rows.append(Row(f"stamps, {kind} fine-tuning: {under}", value, plain=plain))
     return rows
 
 
