@@ -9,10 +9,12 @@ import shutil
 import stat
 import sys
 import tarfile
+import zipfile
 
 import pytest
 
 from mmfast.data import archives
+from mmfast.data import clients as clients_module
 from mmfast.data.archives import UnsafeArchive, unpack
 from mmfast.data.catalog import SETS, DataSet, Package
 from mmfast.data.cli import add_commands
@@ -168,6 +170,55 @@ def test_size_bounds(tmp_path, limits):
         unpack(archive, tmp_path / "out", **limits)
 
 
+def make_whl(path, files):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_wheels_keep_only_what_is_asked_for_and_stay_inside(tmp_path):
+    files = {"tiny/a.txt": b"one", "tiny/deep/b.txt": b"two" * 1000, "tiny/code.py": b"raise SystemExit"}
+    wheel = make_whl(tmp_path / "a.whl", files)
+    keep = tiny_package(pattern=r"tiny/(.*\.txt)").keep
+    assert unpack(wheel, tmp_path / "out", keep=keep) == 2
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*.*")) == ["a.txt", "b.txt"]
+    with pytest.raises(UnsafeArchive, match="larger than allowed"):
+        unpack(wheel, tmp_path / "out2", max_file_bytes=2999)
+    for evil in ("../evil", "/tmp/evil", "tiny/../../evil"):
+        with pytest.raises(UnsafeArchive):
+            unpack(make_whl(tmp_path / "b.whl", {evil: b"x"}), tmp_path / "in" / "out")
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_broken_wheel_is_an_error(tmp_path):
+    wheel = make_whl(tmp_path / "a.whl", {"a": os.urandom(20_000)})
+    whole = wheel.read_bytes()
+    wheel.write_bytes(whole[:10_000])
+    with pytest.raises(archives.BROKEN):
+        unpack(wheel, tmp_path / "out")
+    wheel.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    with pytest.raises(archives.BROKEN):
+        unpack(wheel, tmp_path / "out")
+
+
+def test_pip_client(tmp_path, tiny, monkeypatch):
+    calls = []
+
+    def run(command, folder, **_):
+        calls.append(command)
+        make_whl(folder / "some_tiny-1.2.3-py3-none-any.whl", {"tiny/a.txt": b"1", "tiny/b.txt": b"2"})
+        return 0, ""
+
+    monkeypatch.setattr(clients_module, "_run", run)
+    tiny(tiny_package("pip", name="some-tiny==1.2.3", pattern=r"tiny/(.*)"))
+    assert (install("tiny", cache=tmp_path, progress=False) / "files" / "b.txt").read_bytes() == b"2"
+    assert "--no-deps" in calls[0] and calls[0][-1] == "some-tiny==1.2.3"
+    monkeypatch.setattr(clients_module, "_run", lambda command, folder, **_: (1, "no such package"))
+    with pytest.raises(FetchError, match=r"pip cannot fetch some-tiny==.*: no such package"):
+        install("tiny", cache=tmp_path, progress=False, force=True)
+
+
 @pytest.mark.parametrize("kind", ["deb", "tgz"])
 def test_a_cut_archive_is_an_error(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(archives.shutil, "which", lambda name: None)
@@ -179,7 +230,7 @@ def test_a_cut_archive_is_an_error(tmp_path, monkeypatch, kind):
         with pytest.raises((EOFError, tarfile.TarError)):
             unpack(path, tmp_path / "out")
     path.write_bytes(b"<html>not here</html>")
-    with pytest.raises(ValueError, match="neither"):
+    with pytest.raises(ValueError, match=r"is no \.deb, \.tgz or \.whl"):
         unpack(path, tmp_path / "out")
 
 

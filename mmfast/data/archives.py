@@ -1,4 +1,4 @@
-"""Safe unpacking of Debian packages (.deb) and npm tarballs (.tgz).
+"""Safe unpacking of Debian packages (.deb), npm tarballs (.tgz) and Python wheels (.whl).
 
 An archive is read as one stream. A member with an absolute path, a `..`, or a link that leads outside refuses the
 whole archive; so does an archive that holds more bytes or files than its recipe allows. Only members that the recipe
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ AR_MAGIC = b"!<arch>\n"
 
 
 # What reading a damaged or cut archive can raise.
-BROKEN = (EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zlib.error)
+BROKEN = (EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
 
 
 class UnsafeArchive(ValueError):
@@ -102,6 +103,43 @@ def extract_tar(
         total += len(chunk)
         if total > 2 * max_bytes:
             raise UnsafeArchive(f"unpack: more than {max_bytes} bytes follow the end of the archive")
+    return written
+
+
+def extract_zip(
+    path: Path,
+    target: Path,
+    *,
+    keep: Callable[[str], str | None] = lambda name: name,
+    max_bytes: int = 1 << 30,
+    max_files: int = 100_000,
+    max_file_bytes: int = 1 << 28,
+) -> int:
+    """Write the wanted files of a zip (a Python wheel) under `target`; arguments, returns and errors as `extract_tar`.
+
+    Raises:
+        zipfile.BadZipFile: where it is broken or cut short.
+    """
+    written = 0
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        total, largest = sum(m.file_size for m in members), max((m.file_size for m in members), default=0)
+        if len(members) > max_files or total > max_bytes or largest > max_file_bytes:
+            raise UnsafeArchive(
+                f"unpack: {path.name} is larger than allowed: {len(members)} members of at most {max_files}, {total} "
+                f"bytes of at most {max_bytes}, one with {largest} of at most {max_file_bytes}"
+            )
+        for member in members:
+            name = _inside(member.filename)
+            wanted = None if member.is_dir() else keep(str(name))
+            if wanted is None:
+                continue
+            out = target / _inside(wanted)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            # zipfile stops at the declared size and checks the CRC, so a member cannot grow beyond the sums above.
+            with archive.open(member) as source, open(out, "wb") as f:
+                shutil.copyfileobj(source, f, 1 << 20)
+            written += 1
     return written
 
 
@@ -204,10 +242,10 @@ def _deb_tar_dpkg(path: Path) -> Iterator[IO[bytes]]:
 
 
 def unpack(path: Path, target: Path, **limits) -> int:
-    """Unpack a .deb or a .tgz under `target`; arguments, returns and errors as `extract_tar`.
+    """Unpack a .deb, a .tgz or a .whl under `target`; arguments, returns and errors as `extract_tar`.
 
     Raises:
-        ValueError: also where the file is neither of the two.
+        ValueError: also where the file is none of the three.
     """
     with open(path, "rb") as f:
         magic = f.read(8)
@@ -218,4 +256,6 @@ def unpack(path: Path, target: Path, **limits) -> int:
     if magic[:2] == b"\x1f\x8b":
         with open(path, "rb") as f:
             return extract_tar(io.BufferedReader(_Decompress(f, _decompressor("tar.gz"))), target, **limits)
-    raise ValueError(f"unpack: {path.name} is neither a .deb nor a .tgz (it starts with {magic!r})")
+    if magic[:4] == b"PK\x03\x04":
+        return extract_zip(path, target, **limits)
+    raise ValueError(f"unpack: {path.name} is no .deb, .tgz or .whl (it starts with {magic!r})")

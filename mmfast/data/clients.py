@@ -166,4 +166,28 @@ def npm_pack(package: str, folder: Path, cache: Path, report: Callable[[int], No
     return found
 
 
-CLIENTS = {"apt": apt_download, "npm": npm_pack}
+def pip_wheel(package: str) -> str:
+    """The pattern of a wheel's file name: 'some-name==1.0' becomes 'some_name-1.0-*.whl'."""
+    name, _, version = package.partition("==")
+    return f"{name.replace('-', '_')}-{version}-*.whl"
+
+
+def pip_download(package: str, folder: Path, cache: Path, report: Callable[[int], None] | None = None) -> Path:
+    """Fetch a Python package's wheel into `folder` with `pip download`, without what it depends on; nothing is run.
+
+    Arguments and errors as `apt_download`; `package` names its version, 'NAME==VERSION'.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), package]
+    with _Poll(folder, report):
+        status, output = _run(command, folder)
+    found = sorted(folder.glob(pip_wheel(package)))
+    if status or not found:
+        raise FetchError(
+            f"install: pip cannot fetch {package}: {_last_lines(output)}. Check the network and pip's own settings "
+            f"('pip config list'), " + _by_hand(cache, pip_wheel(package))
+        )
+    return found[-1]
+
+
+CLIENTS = {"apt": apt_download, "npm": npm_pack, "pip": pip_download}

@@ -29,7 +29,8 @@ class Sizes:
         multitask_steps: of each weighting.
         adversarial_steps, attack_steps: of the fine-tuning, and of PGD in the test.
         longest: longer side of a stamp in pixels.
-        features: also frozen pretrained features, where their packages are installed.
+        features: also frozen pretrained features, where their packages can be had.
+        feature_seeds, feature_steps: of each head on them.
     """
 
     pretrain_steps: int = 800
@@ -43,6 +44,8 @@ class Sizes:
     attack_steps: int = 10
     longest: int = 64
     features: bool = False
+    feature_seeds: int = 5
+    feature_steps: int = 200
 
 
 QUICK = Sizes(
