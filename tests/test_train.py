@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -65,7 +66,7 @@ def test_three_steps_and_three_resumed_are_six_steps_bit_for_bit(tmp_path, amp, 
 
     first = make(tmp_path / "parts", amp=amp)
     first.batches = StopAfter(first.batches, 3, number)
-    with pytest.raises(Interrupted, match="interrupted at step 3 of 6; saved in .*the same command continues"):
+    with pytest.raises(Interrupted, match=r"interrupted at step 3 of 6; saved in .*the same command continues"):
         first.fit()
     torch.manual_seed(99)
     torch.randn(5)  # a new process would have other random numbers
@@ -97,9 +98,9 @@ def test_the_resumed_run_would_differ_without_its_state(tmp_path):
         load_optimizer, load_random = checkpoint.load_optimizer, checkpoint.load_random
         with pytest.MonkeyPatch.context() as patch:
             if part == "optimizer/":
-                patch.setattr(checkpoint, "load_optimizer", lambda o, n, t: load_optimizer(o, n, {}))
+                patch.setattr(checkpoint, "load_optimizer", lambda o, n, t, load=load_optimizer: load(o, n, {}))
             elif part == "random/torch":
-                patch.setattr(checkpoint, "load_random", lambda t: load_random(t) or torch.manual_seed(5))
+                patch.setattr(checkpoint, "load_random", lambda t, load=load_random: load(t) or torch.manual_seed(5))
             elif part == "batches":
                 patch.setattr(second.batches, "load_state_dict", lambda s: None)
             else:
@@ -250,7 +251,7 @@ def test_a_flipped_byte_is_found(tmp_path, name):
 def test_a_broken_state_is_refused_with_a_clear_error(tmp_path, text):
     make(tmp_path).fit()
     (checkpoint.find_checkpoint(tmp_path) / "state.json").write_text(text)
-    with pytest.raises(CheckpointError, match="state|format|cannot be read"):
+    with pytest.raises(CheckpointError, match=r"state|format|cannot be read"):
         checkpoint.load_checkpoint(tmp_path)
 
 
@@ -304,7 +305,7 @@ def test_learning_rate():
     config = TrainConfig(10, lr=1.0, warmup=2, final_lr=0.1)
     rates = [learning_rate(config, s) for s in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
-    assert all(a > b for a, b in zip(rates[2:], rates[3:])) and rates[-1] > 0.1
+    assert all(a > b for a, b in itertools.pairwise(rates[2:])) and rates[-1] > 0.1
     assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5)
     assert learning_rate(TrainConfig(10, lr=1.0, schedule="linear"), 5) == pytest.approx(0.5)
     assert learning_rate(TrainConfig(10, lr=1.0, schedule="constant"), 9) == 1.0

@@ -87,7 +87,8 @@ def embed(model: nn.Module, batches: Iterable[Batch], modality: str) -> tuple[Te
     for batch in batches:
         batch = batch.to(device)
         pooled = model({modality: batch.inputs[modality]})[modality]
-        vectors.append(model.project(modality, pooled).float())
+        with torch.autocast(device.type, enabled=False):  # as in the loss: vectors may lie close together
+            vectors.append(model.project(modality, pooled.float()))
         ids.append(need(batch, "ids", "embed"))
     if not vectors:
         raise ValueError(f"embed: there is no batch with {modality}, expected at least one")

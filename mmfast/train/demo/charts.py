@@ -89,9 +89,8 @@ def bars(
     for i, (name, (value, error)) in enumerate(values.items()):
         y = i * row + 4
         parts.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{html.escape(name)}</text>')
-        parts.append(
-            f'<rect x="{left}" y="{y}" width="{max(at(value) - left, 1):.1f}" height="20" rx="3" fill="{COLOURS[i % 6]}"/>'
-        )
+        long = max(at(value) - left, 1)
+        parts.append(f'<rect x="{left}" y="{y}" width="{long:.1f}" height="20" rx="3" fill="{COLOURS[i % 6]}"/>')
         text, end = f"{value:.1f}{unit}", at(value)
         if math.isfinite(error):
             text += f" ± {error:.1f}"

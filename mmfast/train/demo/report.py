@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file with curves, retrieved pictures and attention maps, nothing loaded from elsewhere."""
+"""The demo's report: one HTML file with curves, retrieved pictures and attention maps; it loads nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmfast.nn import attention_map
 from mmfast.tasks import embed
 from mmfast.train.checkpoint import load_weights, under
 from mmfast.train.demo import charts
-from mmfast.train.demo.run import QUICK, Demo
+from mmfast.train.demo.run import Demo, Sizes
 from mmfast.train.demo.table import COLUMNS, Row, cells
 from mmfast.train.recipes.emoji import EmojiData
 from mmfast.train.recipes.inputs import square_images
@@ -27,25 +27,29 @@ STYLE = """
   :root { --ink: #e6e8eb; --soft: #9aa3af; --line: #343a43; --page: #14171c; --card: #1d2128; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page);
-  max-width: 1060px; margin: 0 auto; padding: 32px 20px 80px; }
+  max-width: 1080px; margin: 0 auto; padding: 32px 20px 80px; }
 h1 { font-size: 30px; margin: 0 0 4px; } h2 { font-size: 21px; margin: 44px 0 8px; }
 p { max-width: 76ch; margin: 8px 0; } .soft { color: var(--soft); font-size: 14px; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; width: 100%; margin: 12px 0; }
-th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { text-align: left; padding: 5px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .reached { color: #2a9d6f; font-weight: 600; } .missed { color: #c83e4d; font-weight: 600; }
-.cards { display: flex; flex-wrap: wrap; gap: 16px; }
+.cards { display: flex; flex-wrap: wrap; gap: 16px; margin: 12px 0; }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 16px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px; }
+.card + .card { margin-top: 12px; } .cards .card, .two .card { margin: 0; }
 .card h3 { margin: 0 0 8px; font-size: 15px; } svg { max-width: 100%; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--soft); } .grid { stroke: var(--line); }
 .error { stroke: var(--ink); stroke-width: 2; } .mark { stroke: var(--soft); stroke-dasharray: 4 3; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 14px; font-size: 13px; color: var(--soft); }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 5px; }
-img { border-radius: 8px; background: #fff; display: block; border: 2px solid transparent; }
-img.right { border-color: #2a9d6f; } img.wrong { border-color: #c83e4d; opacity: .85; }
-.rows { display: grid; grid-template-columns: auto 1fr; gap: 10px 18px; align-items: center; }
-.strip { display: flex; flex-wrap: wrap; gap: 8px; align-items: flex-start; }
-figure { margin: 0; width: 78px; } figcaption { font-size: 11px; line-height: 1.25; color: var(--soft); margin-top: 3px; }
+img { border-radius: 8px; background: #fff; display: block; border: 2px solid transparent; max-width: 100%; }
+img.right { border-color: #2a9d6f; } img.wrong { border-color: #c83e4d; opacity: .8; }
+.rows { display: grid; grid-template-columns: 92px 1fr; gap: 8px 14px; align-items: center; font-size: 13px; }
+.strip { display: flex; flex-wrap: wrap; gap: 6px; align-items: flex-start; }
+figure { margin: 0; width: 62px; }
+figcaption { font-size: 10px; line-height: 1.2; color: var(--soft); margin-top: 3px; overflow-wrap: anywhere; }
 """
 
 
@@ -89,19 +93,19 @@ def _head(demo: Demo, rows: list[Row]) -> str:
     total = sum(result["seconds"] for name, result in demo.results.items() if name != "data")
     missed = [row for row in rows if row.met is False]
     verdict = ""
-    if demo.sizes == QUICK:
+    if demo.sizes.pretrain_steps < Sizes.pretrain_steps:
         verdict = "<p><b>Quick run:</b> everything in small. The targets below are those of the full demo.</p>"
     elif missed:
         names = "; ".join(html.escape(f"{row.what}: {row.figure()}, target {row.target}") for row in missed)
         verdict = f'<p class="missed">Missed: {names}.</p>'
     return (
         "<h1>mmfast demo</h1>"
-        "<p>An image-text model from scratch on the emoji of three artists, tested on the fourth artist and on concepts "
-        "it never saw; then moved to stamps with captions and spoken descriptions: 16 classes, three fusions, several "
-        "tasks on one backbone, and training against attacks.</p>"
+        "<p>An image-text model from scratch on the emoji of three artists, tested on the fourth artist and on "
+        "concepts it never saw; then moved to stamps with captions and spoken descriptions: 16 classes, three "
+        "fusions, several tasks on one backbone, and training against attacks.</p>"
         f"{verdict}<p class='soft'>{total:.0f} s in all ({', '.join(stages)}), set-up and downloads apart "
-        f"({demo.results.get('data', {}).get('seconds', 0):.0f} s). mmfast {mmfast.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {torch.get_num_threads()} threads.</p>"
+        f"({demo.results.get('data', {}).get('seconds', 0):.0f} s). mmfast {mmfast.__version__}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads.</p>"
     )
 
 
@@ -119,9 +123,9 @@ def _table(rows: list[Row]) -> str:
         body.append(f"<tr>{''.join(line)}</tr>")
     return (
         f'<h2>Figures</h2><div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
-        '<p class="soft">Percent, ± one standard error over seeds. "Plain PyTorch" are single runs without mmfast on two '
-        "cores (about 6 minutes for the emoji), on the same pictures with slightly different splits; they are baselines "
-        "to compare with, each named for what it was.</p>"
+        '<p class="soft">Percent, ± one standard error over seeds. "Plain PyTorch" are runs without mmfast on two '
+        "cores (about 6 minutes for the emoji), on the same pictures with slightly different splits; they are "
+        "baselines to compare with, each named for what it was.</p>"
     )
 
 
@@ -158,20 +162,24 @@ def _emoji(result: dict, model: MultimodalModel, data: EmojiData, shown: int = 8
         to_image.append(f'<b>{html.escape(emoji.names[int(y_ids[j])])}</b><div class="strip">{found}</div>')
     scores = result["scores"]
     at = "held-out artist/image->text"
+    who, known = html.escape(held_out), html.escape(familiar)
+    accuracy = charts.lines({"%": result["accuracy_curve"]}, x="step", y="%", zero=True)
     return (
         "<h2>Emoji: learned from three artists</h2>"
-        f"<p>{result['steps']} steps, {result['parameters'] / 1e6:.1f} M parameters, {result['samples_per_s']:.0f} pictures a "
-        f"second. The fourth artist, {html.escape(held_out)}, was never trained on: R@1 {scores[f'{at} R@1']:.1f}, "
-        f"R@5 {scores[f'{at} R@5']:.1f}, median rank {scores[f'{at} median rank']:.0f} of "
-        f"{int(scores[f'{at} candidates']):,} names.</p>"
-        f'<div class="cards"><div class="card"><h3>Loss</h3>{charts.lines({"loss": result["curve"]}, x="step", y="loss")}</div>'
-        f'<div class="card"><h3>Right name within the batch</h3>'
-        f"{charts.lines({'%': result['accuracy_curve']}, x='step', y='%', zero=True)}</div></div>"
-        f"<h3>From a picture by {html.escape(held_out)} to names</h3><p class='soft'>Names are shown with {html.escape(familiar)}'s "
-        "picture of the concept. Green is right. Queries are evenly spread over the set, not picked.</p>"
-        f'<div class="rows">{"".join(to_text)}</div>'
-        f"<h3>From a name to pictures by {html.escape(held_out)}</h3>"
-        f'<div class="rows">{"".join(to_image)}</div>'
+        f"<p>{result['steps']} steps, {result['parameters'] / 1e6:.1f} M parameters, "
+        f"{result['samples_per_s']:.0f} pictures a second. The fourth artist, {who}, was never trained on: "
+        f"R@1 {scores[f'{at} R@1']:.1f}, R@5 {scores[f'{at} R@5']:.1f}, median rank "
+        f"{scores[f'{at} median rank']:.0f} of {int(scores[f'{at} candidates']):,} names.</p>"
+        '<div class="cards">'
+        f'<div class="card"><h3>Loss</h3>{charts.lines({"loss": result["curve"]}, x="step", y="loss")}</div>'
+        f'<div class="card"><h3>Right name within the batch</h3>{accuracy}</div></div>'
+        '<div class="two">'
+        f'<div class="card"><h3>From a picture by {who} to names</h3>'
+        f'<div class="rows">{"".join(to_text)}</div></div>'
+        f'<div class="card"><h3>From a name to pictures by {who}</h3>'
+        f'<div class="rows">{"".join(to_image)}</div></div></div>'
+        f"<p class='soft'>Names are shown with {known}'s picture of the concept. Green is right. Queries are evenly "
+        "spread over the set, not picked.</p>"
     )
 
 
@@ -199,21 +207,22 @@ def _attention(model: MultimodalModel, data: EmojiData, shown: int = 8) -> str:
         cards.append(f'<div class="card"><h3>Layer {layer + 1}</h3><div class="strip">{"".join(strip)}</div></div>')
     plain = "".join(charts.picture(emoji.images[row], size=88) for row in rows.tolist())
     return (
-        "<h2>Where the image encoder looks</h2><p>Attention that each place of a picture receives, over all heads and "
-        "queries, after the convolutions (red is more).</p>"
-        f'<div class="cards"><div class="card"><h3>Pictures</h3><div class="strip">{plain}</div></div>{"".join(cards)}</div>'
+        "<h2>Where the image encoder looks</h2><p>Attention that each place of a picture receives, over all heads "
+        "and queries, after the convolutions (red is more).</p>"
+        f'<div class="card"><h3>Pictures</h3><div class="strip">{plain}</div></div>{"".join(cards)}'
     )
 
 
 def _stamps(result: dict) -> str:
     gain, error = result["gain"]
+    accuracy = result["accuracy"]
     return (
         "<h2>Stamps: does the emoji model help?</h2>"
-        f"<p>16 classes from the picture alone, {result['steps']} steps, {len(result['accuracy']['scratch'])} seeds, each "
-        f"once from scratch and once from the emoji weights, {result['samples']} test pictures: "
+        f"<p>16 classes from the picture alone, {result['steps']} steps, {len(result['accuracy']['scratch'])} seeds, "
+        f"each once from scratch and once from the emoji weights, {result['samples']} test pictures: "
         f"{gain:+.1f} points{f' ± {error:.1f}' if error == error else ''}.</p>"
         '<div class="cards"><div class="card"><h3>Accuracy by seed, %</h3>'
-        f"{charts.pairs(result['accuracy']['scratch'], result['accuracy']['pretrained'], ('from scratch', 'from emoji'))}</div>"
+        f"{charts.pairs(accuracy['scratch'], accuracy['pretrained'], ('from scratch', 'from emoji'))}</div>"
         f'<div class="card"><h3>Loss, seed 0</h3>{charts.lines(result["curves"], x="step", y="loss")}</div></div>'
     )
 
@@ -223,8 +232,8 @@ def _fusion(result: dict) -> str:
     weights = ", ".join(f"{name} {w:.2f}" for name, w in result["weights"].items())
     return (
         "<h2>Stamps: three fusions side by side</h2>"
-        f"<p>Picture, English caption and spoken description, all trained together, {result['steps']} steps. The weighted "
-        f"fusion ends with the weights {weights}.</p>"
+        f"<p>Picture, English caption and spoken description, all trained together, {result['steps']} steps. The "
+        f"weighted fusion ends with the weights {weights}.</p>"
         f'<div class="cards"><div class="card"><h3>16 classes, accuracy</h3>{charts.bars(values)}</div>'
         f'<div class="card"><h3>Loss, seed 0</h3>{charts.lines(result["curves"], x="step", y="loss")}</div></div>'
     )
@@ -253,8 +262,9 @@ def _multitask(result: dict) -> str:
     learned = ", ".join(f"{name} {value:.2f}" for name, value in result["uncertainty"]["weights"].items())
     length = result.get("length_only")
     note = (
-        f"<p class='soft'>The length of a clip alone, against the length of its caption, finds R@1 {length['R@1']:.1f} of "
-        f"{length['candidates']} captions ({html.escape(result['language'])}): speech figures mean something above that.</p>"
+        f"<p class='soft'>The length of a clip alone, against the length of its caption, finds R@1 {length['R@1']:.1f} "
+        f"of {length['candidates']} captions ({html.escape(result['language'])}): speech figures mean something above "
+        "that.</p>"
         if length
         else ""
     )
@@ -266,7 +276,8 @@ def _multitask(result: dict) -> str:
     return (
         "<h2>Stamps: several tasks on one backbone</h2>"
         f"<p>16 classes and retrieval between picture, caption and speech, {result['steps']} steps, "
-        f"{result['equal']['parameters'] / 1e6:.1f} M shared parameters: {accuracy}. Learned weights at the end: {learned}.</p>"
+        f"{result['equal']['parameters'] / 1e6:.1f} M shared parameters: {accuracy}. "
+        f"Learned weights at the end: {learned}.</p>"
         f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>{note}'
         f'<div class="card"><h3>Loss of the 16 classes</h3>{charts.lines(curves, x="step", y="cross-entropy")}</div>'
     )
@@ -292,9 +303,9 @@ def _adversarial(result: dict) -> str:
         )
     return (
         "<h2>Stamps: training against attacks</h2>"
-        f"<p>Fine-tuned twice for {result['steps']} steps, once on pictures as they are and once on FGSM pictures, both "
-        f"tested on the 16 classes of {result['samples']} pictures, changed by at most {result['eps']} of 255 grey levels. "
-        "Attacks give an upper bound of robustness, not a proof.</p>"
+        f"<p>Fine-tuned twice for {result['steps']} steps, once on pictures as they are and once on FGSM pictures, "
+        f"both tested on the 16 classes of {result['samples']} pictures, changed by at most {result['eps']} of 255 grey "
+        "levels. Attacks give an upper bound of robustness, not a proof.</p>"
         f'<div class="cards">{"".join(cards)}</div>'
     )
 
@@ -304,7 +315,8 @@ def _features(result: dict) -> str:
         return f"<h2>Frozen pretrained features</h2><p>Not run: {html.escape(result['missing'])}.</p>"
     values = {name: (mean, error) for name, (mean, error) in result["summary"].items()}
     return (
-        "<h2>Frozen pretrained features</h2><p>EfficientNet-lite0 and MiniLM, frozen, with a fusion on top; 16 classes.</p>"
+        "<h2>Frozen pretrained features</h2>"
+        "<p>EfficientNet-lite0 and MiniLM, frozen, with a fusion on top; 16 classes.</p>"
         f'<div class="card">{charts.bars(values)}</div>'
     )
 

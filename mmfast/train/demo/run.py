@@ -1,4 +1,4 @@
-"""`mmfast demo`: every stage in turn, each with a file of its own, so that an interrupted demo goes on where it stopped."""
+"""`mmfast demo`: the stages in turn, each with a file of its own, so that an interrupted demo goes on."""
 
 from __future__ import annotations
 
@@ -170,14 +170,15 @@ def run_demo(
         demo.stage("features", "Stamps: frozen pretrained features", features.run)
     if speed:
         demo.stage("speed", "Speed of a train step beside the padded model", speed_stage.run)
-    rows = table(demo.results)
+    rows = table(demo.results, verdicts=sizes.pretrain_steps >= Sizes.pretrain_steps)
     path = report.write(demo, rows)
     if show:
         print(as_text(rows))
         stages = [name for name in demo.results if name != "data"]
         total = sum(demo.results[name]["seconds"] for name in stages)
         print(
-            f"\n{total:.0f} s of stages, {demo.results['data']['seconds']:.0f} s of set-up; this call {time.monotonic() - begin:.0f} s"
+            f"\n{total:.0f} s of stages, {demo.results['data']['seconds']:.0f} s of set-up; "
+            f"this call {time.monotonic() - begin:.0f} s"
         )
         print(f"Report: {path}")
     return demo.results

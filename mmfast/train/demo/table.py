@@ -46,8 +46,8 @@ class Row:
         return f"{self.ours:.1f}{error}{self.unit if self.unit != '%' else ''}"
 
 
-def table(results: dict[str, dict]) -> list[Row]:
-    """The rows of the stages that ran."""
+def table(results: dict[str, dict], *, verdicts: bool = True) -> list[Row]:
+    """The rows of the stages that ran; without `verdicts` (a quick run) targets are named, but not judged."""
     rows = []
     if "pretrain" in results:
         rows += _emoji(results["pretrain"]["scores"])
@@ -63,7 +63,7 @@ def table(results: dict[str, dict]) -> list[Row]:
         rows += _multitask(results["multitask"])
     if "adversarial" in results:
         rows += _adversarial(results["adversarial"])
-    return rows
+    return rows if verdicts else [dataclasses.replace(row, met=None) for row in rows]
 
 
 def _emoji(scores: dict) -> list[Row]:

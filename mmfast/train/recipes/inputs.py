@@ -16,7 +16,7 @@ FRAMES_PER_TOKEN = 8
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Pixels in [0, 1] to [-2, 0]: white, the background of all pictures here, is the zero of a convolution's border."""
+    """Pixels in [0, 1] to [-2, 0]: white, the usual background, is the zero of a convolution's border."""
     return 2 * pixels - 2
 
 
