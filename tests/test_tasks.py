@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from train_toys import ToyModel, toy_batches
 
+from mmfast.adversarial import FGSM
+from mmfast.models import ImageInput
 from mmfast.nn import AttentionFusion, ConcatFusion, WeightedFusion
 from mmfast.tasks import (
+    Adversarial,
     Batch,
     Classification,
     Contrastive,
@@ -23,6 +26,7 @@ from mmfast.tasks import (
     retrieval,
     supervised_contrastive,
 )
+from mmfast.tasks.adversarial import with_regions
 
 
 def brute_ranks(x, y, x_ids, y_ids):
@@ -253,3 +257,77 @@ def test_multitask_checks_its_arguments():
         MultiTask({})
     with pytest.raises(ValueError, match="give one of the two"):
         MultiTask(tasks(), weighting="uncertainty", weights={"classes": 1.0})
+
+
+def test_candidates_are_ranked_by_id_whatever_their_order():
+    model, b = ToyModel(dropout=0), batch()
+    g = torch.Generator().manual_seed(3)
+    names, known = torch.randn(12, 5, generator=g), torch.cat([b.ids[:6].flip(0), torch.arange(100, 106)])
+    b = Batch(b.inputs, b.size, b.ids, candidates=names, candidate_ids=known)
+    plain, _ = Contrastive().loss(model, b)
+    total, figures = Contrastive(candidates=0.5).loss(model, b)
+    x = model.project("image", model({"image": b.inputs["image"]})["image"])
+    y = model.project("text", model({"text": names})["text"])
+    logits = model.logit_scale.exp() * x @ y.T
+    target = torch.tensor([known.tolist().index(i) for i in b.ids[:6].tolist()])  # the last two are not among them
+    assert figures["candidates"].item() == pytest.approx(F.cross_entropy(logits[:6], target).item(), rel=1e-4)
+    assert total.item() == pytest.approx(plain.item() + 0.5 * figures["candidates"].item(), rel=1e-5)
+
+
+# Adversarial
+
+
+class OneToken(nn.Module):
+    """Mean colour of a sample's regions through a linear layer, with a batch norm that counts its batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 8), nn.BatchNorm1d(8)
+
+    def forward(self, inputs):
+        x = inputs["image"]
+        sample = torch.repeat_interleave(x.lengths.long())
+        mean = torch.zeros(len(x.lengths), 3).index_add(0, sample, x.regions.mean((2, 3))) / x.lengths[:, None]
+        return {"image": self.norm(self.linear(mean))}
+
+
+def pictures():
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 2, 1, 3, 1, 2], dtype=torch.int32)
+    regions = torch.rand(int(lengths.sum()), 3, 16, 16, generator=g)
+    image = ImageInput(regions, lengths, torch.zeros(len(regions), 2, dtype=torch.int32))
+    return Batch({"image": image}, 6, labels=torch.tensor([0, 1, 2, 0, 1, 2]))
+
+
+def test_adversarial_training_sees_pictures_at_the_edge_of_the_ball():
+    torch.manual_seed(0)
+    model, task, b = OneToken(), Classification(3, 8), pictures()
+    task = Adversarial(task, FGSM(0.1))
+    seen = []
+    model.register_forward_pre_hook(lambda m, args: seen.append((m.training, args[0]["image"].regions.detach())))
+    loss, figures = task.loss(model, b)
+    loss.backward()
+    assert model.training and [training for training, _ in seen] == [False, True]
+    attack = seen[-1][1]
+    moved = (attack - b.inputs["image"].regions).abs()
+    assert moved.max() <= 0.1 + 1e-6 and (moved > 0.099).float().mean() > 0.5
+    assert attack.min() >= 0 and attack.max() <= 1
+    assert int(model.norm.num_batches_tracked) == 1
+    assert all(p.grad is not None for p in model.parameters()) and torch.isfinite(figures["attacked"])
+    # The attack raises the loss: the point of it.
+    with torch.no_grad():
+        model.eval()
+        clean = task.task.loss(model, b)[0]
+        attacked = task.task.loss(model, with_regions(b, attack))[0]
+    assert attacked > clean
+
+
+def test_random_starts_follow_from_torchs_random_state():
+    model, task, b = OneToken(), Classification(3, 8), pictures()
+    task = Adversarial(task, FGSM(0.1, step_size=0.05, random_start=True))
+    state = torch.get_rng_state()
+    first = task.loss(model, b)[0].item()
+    other = task.loss(model, b)[0].item()
+    torch.set_rng_state(state)
+    model.norm.reset_running_stats()
+    assert task.loss(model, b)[0].item() == pytest.approx(first) and first != other

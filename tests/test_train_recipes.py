@@ -8,12 +8,16 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 from train_sets import tiny_emoji, tiny_stamps
 
+from mmfast.data import InstallError
 from mmfast.tasks import Classification
 from mmfast.train import CheckpointError, TrainConfig, Trainer, checkpoint
-from mmfast.train.demo import fusion, pretrain
-from mmfast.train.demo.run import QUICK, run_demo
+from mmfast.train.demo import charts, features, fusion, pretrain
+from mmfast.train.demo.run import QUICK, Demo, run_demo
+from mmfast.train.demo.table import as_text, table
 from mmfast.train.recipes.emoji import EmojiData, EmojiRecipe
 from mmfast.train.recipes.inputs import cut_regions, square_images
 from mmfast.train.recipes.stamps import StampsData, StampsRecipe
@@ -237,3 +241,62 @@ def test_the_demo_runs_end_to_end_and_goes_on_where_it_stopped(tmp_path, monkeyp
     model = StampsRecipe(modalities=("image", "audio"), fusion="concat", encoders=start).model()
     fresh = start_from(model, tmp_path / "emoji")
     assert fresh and all("audio" in name for name in fresh)
+
+
+# Tables and charts
+
+
+def test_frozen_features_train_heads_and_are_kept(tmp_path, monkeypatch):
+    stamps = tiny_stamps()
+    demo = Demo(tmp_path, dataclasses.replace(TINY, feature_seeds=2, feature_steps=120), stamps=stamps, show=False)
+    monkeypatch.setattr(features, "install", lambda *a, **k: pytest.fail("nothing is to be fetched"))
+    told = 6 * F.one_hot(stamps.label, 16).float()
+    save_file({"image": told + 0.01, "text": told[:, :8].contiguous()}, tmp_path / "features.safetensors")
+    result = features.run(demo)
+    assert result["summary"]["image"][0] == 100 and result["summary"]["caption"][0] < 80
+    assert result["chosen"] in ("concatenation", "weighted", "attention")
+    rows = {row.what: row for row in table({"features": result})}
+    judged = [row for row in rows.values() if row.target]
+    assert [row.what for row in judged] == [f"stamps, frozen features: {result['chosen']}"]
+
+
+def test_features_that_cannot_be_had_are_one_sentence(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise InstallError("pip cannot fetch it")
+
+    monkeypatch.setattr(features, "install", refuse)
+    demo = Demo(tmp_path, TINY, stamps=tiny_stamps(), show=False)
+    assert features.run(demo) == {"missing": "pip cannot fetch it"}
+    assert table({"features": {"missing": "pip cannot fetch it"}}) == []
+
+
+def test_white_squares_keep_the_aspect():
+    square = features.white_square(torch.zeros(3, 50, 100, dtype=torch.uint8), 40)
+    assert square.shape == (3, 40, 40)
+    assert square[:, 10:30].max() == 0 and square[:, :10].min() == 255 and square[:, 30:].min() == 255
+
+
+def test_a_missed_target_is_said_and_a_quick_run_is_not_judged():
+    scores = {f"{t}/image->text {k}": 30.0 for t in ("held-out artist", "held-out concepts") for k in ("R@1", "R@5")}
+    scores |= {f"{t}/image->text candidates": 9 for t in ("held-out artist", "held-out concepts")}
+    scores |= {f"{t}/image->text chance R@1": 11.1 for t in ("held-out artist", "held-out concepts")}
+    assert "MISSED" in as_text(table({"pretrain": {"scores": scores}}))
+    scores["held-out artist/image->text R@1"] = 45.0
+    assert "reached" in as_text(table({"pretrain": {"scores": scores}}))
+    quick = as_text(table({"pretrain": {"scores": scores}}, verdicts=False))
+    assert "reached" not in quick and "MISSED" not in quick and ">= 45" in quick
+
+
+@pytest.mark.parametrize("low,high", [(0, 1), (-3, 7.3), (0.001, 0.0013), (5, 5), (0, 12345)])
+def test_ticks_are_round_and_inside(low, high):
+    ticks = charts._ticks(low, high)
+    assert 1 <= len(ticks) <= 7 and all(low - 1e-9 <= t <= high + 1e-9 for t in ticks)
+
+
+def test_charts_take_what_runs_give():
+    assert charts.lines({"a": [[1, None], [2, float("nan")]]}, x="x", y="y") == "<p>No points.</p>"
+    assert "nan" not in charts.lines({"a": [[1, 2.0], [2, float("nan")], [3, 1.0]]}, x="x", y="y")
+    text = charts.bars({"<b>": (12.3, float("nan")), "c": (50.0, 2.0)}, mark=("majority", 19.2))
+    assert "&lt;b&gt;" in text and "nan" not in text and "± 2.0" in text
+    red = charts.heat(torch.full((3, 32, 32), 200, dtype=torch.uint8), torch.eye(4))
+    assert red.shape == (3, 32, 32) and red[0, 2, 2] > red[2, 2, 2]

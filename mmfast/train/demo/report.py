@@ -304,7 +304,7 @@ def _adversarial(result: dict) -> str:
     return (
         "<h2>Stamps: training against attacks</h2>"
         f"<p>Fine-tuned twice for {result['steps']} steps, once on pictures as they are and once on FGSM pictures, "
-        f"both tested on the 16 classes of {result['samples']} pictures, changed by at most {result['eps']} of 255 grey "
+        f"both tested on 16 classes of {result['samples']} pictures, changed by at most {result['eps']} of 255 grey "
         "levels. Attacks give an upper bound of robustness, not a proof.</p>"
         f'<div class="cards">{"".join(cards)}</div>'
     )
