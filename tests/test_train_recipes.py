@@ -250,7 +250,7 @@ def test_frozen_features_train_heads_and_are_kept(tmp_path, monkeypatch):
     stamps = tiny_stamps()
     demo = Demo(tmp_path, dataclasses.replace(TINY, feature_seeds=2, feature_steps=120), stamps=stamps, show=False)
     monkeypatch.setattr(features, "install", lambda *a, **k: pytest.fail("nothing is to be fetched"))
-    told = 6 * F.one_hot(stamps.label, 16).float()
+    told = 30 * F.one_hot(stamps.label, 16).float()
     save_file({"image": told + 0.01, "text": told[:, :8].contiguous()}, tmp_path / "features.safetensors")
     result = features.run(demo)
     assert result["summary"]["image"][0] == 100 and result["summary"]["caption"][0] < 80
