@@ -8,7 +8,6 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from train_sets import tiny_emoji, tiny_stamps
 
@@ -250,8 +249,9 @@ def test_frozen_features_train_heads_and_are_kept(tmp_path, monkeypatch):
     stamps = tiny_stamps()
     demo = Demo(tmp_path, dataclasses.replace(TINY, feature_seeds=2, feature_steps=120), stamps=stamps, show=False)
     monkeypatch.setattr(features, "install", lambda *a, **k: pytest.fail("nothing is to be fetched"))
-    told = 30 * F.one_hot(stamps.label, 16).float()
-    save_file({"image": told + 0.01, "text": told[:, :8].contiguous()}, tmp_path / "features.safetensors")
+    prototypes = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+    told = {"image": prototypes[stamps.label], "text": prototypes[stamps.label % 4, :64].contiguous()}
+    save_file(told, tmp_path / "features.safetensors")
     result = features.run(demo)
     assert result["summary"]["image"][0] == 100 and result["summary"]["caption"][0] < 80
     assert result["chosen"] in ("concatenation", "weighted", "attention")
