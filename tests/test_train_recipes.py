@@ -247,7 +247,7 @@ def test_the_demo_runs_end_to_end_and_goes_on_where_it_stopped(tmp_path, monkeyp
 
 def test_frozen_features_train_heads_and_are_kept(tmp_path, monkeypatch):
     stamps = tiny_stamps()
-    demo = Demo(tmp_path, dataclasses.replace(TINY, feature_seeds=2, feature_steps=120), stamps=stamps, show=False)
+    demo = Demo(tmp_path, dataclasses.replace(TINY, features_seeds=2, features_steps=120), stamps=stamps, show=False)
     monkeypatch.setattr(features, "install", lambda *a, **k: pytest.fail("nothing is to be fetched"))
     prototypes = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
     told = {"image": prototypes[stamps.label], "text": prototypes[stamps.label % 4, :64].contiguous()}

@@ -55,6 +55,8 @@ class Trainer:
         text: name in the progress bar.
         show: print progress.
 
+    `step`, `skipped` and `seconds` (of training alone, over all parts of an interrupted run) say where it stands.
+
     Two runs with equal arguments, and a run interrupted and resumed any number of times, give the same bits on the
     same machine and thread count.
     """
@@ -95,6 +97,7 @@ class Trainer:
         self.ema = {name: WeightAverage(m, config.ema) for name, m in self.modules.items()} if config.ema else {}
         self.step = 0
         self.skipped = 0
+        self.seconds = 0.0
 
     def fit(self, *, resume: bool = True) -> list[dict]:
         """Train to `config.steps` and return the log's lines.
@@ -154,6 +157,7 @@ class Trainer:
                 samples += batch.size
                 tokens += batch.tokens
                 busy += time.perf_counter() - begin
+                self.seconds += time.perf_counter() - begin
                 last = self.step == config.steps
                 progress.update(loss=loss.item(), **{"samples/s": samples / busy})
                 if self.step % config.log_every == 0 or last:
@@ -219,6 +223,7 @@ class Trainer:
             "recipe": self.recipe,
             "batches": self.batches.state_dict(),
             "skipped": self.skipped,
+            "seconds": self.seconds,
             "ema_updates": next((a.updates for a in self.ema.values()), 0),
         }
         return ckpt.save_checkpoint(self.out / "checkpoints", self.step, model, training, state, keep=self.config.keep)
@@ -238,7 +243,7 @@ class Trainer:
         for average in self.ema.values():
             average.updates = state["ema_updates"]
         self.batches.load_state_dict(state["batches"])
-        self.step, self.skipped = state["step"], state["skipped"]
+        self.step, self.skipped, self.seconds = state["step"], state["skipped"], state["seconds"]
         ckpt.load_random(training)
         return True
 

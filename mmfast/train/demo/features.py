@@ -40,7 +40,7 @@ def run(demo: Demo) -> dict:
         return {"missing": str(error)}
     results: dict[str, list[dict]] = {name: [] for name in VARIANTS}
     for name, (modalities, fusion) in VARIANTS.items():
-        for seed in range(demo.sizes.feature_seeds):
+        for seed in range(demo.sizes.features_seeds):
             results[name].append(_once(demo, features, modalities, fusion, seed))
     first = results["image"][0]
     fusions = [name for name, (_, fusion) in VARIANTS.items() if fusion]
@@ -70,7 +70,7 @@ def _once(demo: Demo, features: dict[str, Tensor], modalities: tuple[str, ...], 
     rows = stamps.split["train"]
     sampler = BatchSampler([1] * len(rows), batch_size=min(64, len(rows)), seed=seed, drop_last=True)
     batches = SampledBatches(sampler, lambda indices, g: batch(rows[torch.tensor(indices)]), seed)
-    config = TrainConfig(demo.sizes.feature_steps, lr=1e-3, weight_decay=0.1, warmup=5, amp="off", seed=seed)
+    config = TrainConfig(demo.sizes.features_steps, lr=1e-3, weight_decay=0.1, warmup=5, amp="off", seed=seed)
     Trainer(Frozen(), task, batches, config, None, show=False).fit()
     task.eval()
     val = task.evaluate(Frozen(), [batch(stamps.split["val"])])["accuracy"]

@@ -51,6 +51,7 @@ def run(demo) -> dict:
     return {
         "held_out": of.held_out,
         "steps": sizes.pretrain_steps,
+        "seconds": trainer.seconds,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "samples_per_s": sorted(line["samples_per_s"] for line in lines)[len(lines) // 2],
         "curve": [[line["step"], line["loss"]] for line in lines],

@@ -30,7 +30,7 @@ class Sizes:
         adversarial_steps, attack_steps: of the fine-tuning, and of PGD in the test.
         longest: longer side of a stamp in pixels.
         features: also frozen pretrained features, where their packages can be had.
-        feature_seeds, feature_steps: of each head on them.
+        features_seeds, features_steps: of each head on them.
     """
 
     pretrain_steps: int = 800
@@ -44,8 +44,8 @@ class Sizes:
     attack_steps: int = 10
     longest: int = 64
     features: bool = False
-    feature_seeds: int = 5
-    feature_steps: int = 200
+    features_seeds: int = 5
+    features_steps: int = 200
 
 
 QUICK = Sizes(
@@ -101,9 +101,19 @@ class Demo:
             print(text, file=sys.stderr, flush=True)
 
     def once(self, name: str, make: Callable[[], dict]) -> dict:
-        """The result of `make()`, from `out/name.json` where an earlier call with the same sizes left it."""
+        """The result of `make()`, from `out/name.json` where an earlier call with the same sizes left it.
+
+        "seconds" in the result is the time of `make()`, or of the training of an interrupted stage where that is more.
+        """
         path = self.out / f"{name}.json"
-        sizes = dataclasses.asdict(self.sizes)
+        # A stage depends on the sizes named after it, on what the pictures are, and on where the weights come from.
+        mine = (
+            name.partition("/")[0],
+            "pretrain",
+            "longest",
+            "attack" if name.startswith("adversarial") else "longest",
+        )
+        sizes = {k: v for k, v in dataclasses.asdict(self.sizes).items() if k.startswith(mine)}
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["sizes"] == sizes:
@@ -111,7 +121,8 @@ class Demo:
         except (OSError, ValueError, KeyError, TypeError):
             pass
         begin = time.monotonic()
-        result = {**make(), "seconds": round(time.monotonic() - begin, 1)}
+        result = make()
+        result["seconds"] = round(max(time.monotonic() - begin, result.get("seconds", 0)), 1)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         scratch.write_text(json.dumps({"sizes": sizes, "result": result}, indent=1) + "\n", encoding="utf-8")
