@@ -32,7 +32,7 @@ TINY = dataclasses.replace(
     fusion_steps=1,
     multitask_steps=1,
     adversarial_steps=1,
-    attack_steps=1,
+    adversarial_attacks=1,
 )
 
 

@@ -35,7 +35,7 @@ def run(demo: Demo) -> dict:
                 demo, data, demo.sizes.adversarial_steps, 0, text=f"{kind} fine-tuning", task=trained
             )
             return {
-                **robustness(trainer, task, test, demo.sizes.attack_steps),
+                **robustness(trainer, task, test, demo.sizes.adversarial_attacks),
                 "curve": [[line["step"], line["loss"]] for line in lines],
             }
 

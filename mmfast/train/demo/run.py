@@ -27,7 +27,7 @@ class Sizes:
         stamps_steps, stamps_seeds: of each run of the stamps stage.
         fusion_steps, fusion_seeds: of each fusion.
         multitask_steps: of each weighting.
-        adversarial_steps, attack_steps: of the fine-tuning, and of PGD in the test.
+        adversarial_steps, adversarial_attacks: steps of the fine-tuning, and of PGD in the test.
         longest: longer side of a stamp in pixels.
         features: also frozen pretrained features, where their packages can be had.
         features_seeds, features_steps: of each head on them.
@@ -41,7 +41,7 @@ class Sizes:
     fusion_seeds: int = 3
     multitask_steps: int = 90
     adversarial_steps: int = 60
-    attack_steps: int = 10
+    adversarial_attacks: int = 10
     longest: int = 64
     features: bool = False
     features_seeds: int = 5
@@ -56,7 +56,7 @@ QUICK = Sizes(
     fusion_seeds=1,
     multitask_steps=8,
     adversarial_steps=8,
-    attack_steps=4,
+    adversarial_attacks=4,
 )
 
 
