@@ -102,7 +102,8 @@ class PaddedModel(nn.Module):
         for block in encoder.transformer.blocks:
             x = self._block(block, x, part)
         x = encoder.transformer.norm(x).masked_fill(~part.mask[..., None], 0)
-        return x.float().sum(1) / part.mask.sum(1).clamp(min=1)[:, None]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x.sum(1) / part.mask.sum(1).clamp(min=1)[:, None]
 
     @staticmethod
     def _tokens_image(encoder, part: Padded) -> Tensor:
@@ -144,8 +145,8 @@ class PaddedModel(nn.Module):
 def _rotate(x: Tensor, base: float) -> Tensor:
     """Rotary position embedding in the half-split form. Source: Su et al. 2021, equation 34."""
     half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, dtype=torch.float32) / half)
-    angle = torch.arange(x.shape[-2], dtype=torch.float32)[:, None] * frequency
+    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,9 +1,13 @@
 """Encoders and the multimodal model: every sample as if it were alone, absent modalities, gradients."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
+import torch._dynamo.testing
 
-from mmfast import ModalityMask
+from mmfast import Layout, ModalityMask
 from mmfast.models import (
     AudioEncoder,
     AudioInput,
@@ -263,3 +267,52 @@ def test_errors_name_what_is_wrong():
         model.encoders["image"].stem(torch.zeros(2, 3, 20, 20))
     with pytest.raises(ValueError, match="4 halvings"):
         ConvStem((8, 16), 16)
+
+
+def _padded_module():
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "padded.py"
+    if not path.exists():
+        pytest.skip("benchmarks are not part of this copy")
+    spec = importlib.util.spec_from_file_location("padded", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("parts", [1, 2, None])
+@pytest.mark.parametrize("attention", ["sdpa", "bmm"])
+def test_equals_the_padded_model(parts, attention):
+    padded = _padded_module()
+    model = make_model().double().eval()
+    inputs = {name: x.to("cpu", torch.float64) for name, x in make_inputs().items()}
+    peer = padded.PaddedModel(model, attention)
+    theirs = {name: padded.pad_input(x, parts) for name, x in inputs.items()}
+    results = []
+    for run in (lambda: model(inputs), lambda: peer(theirs, len(GRIDS))):
+        model.zero_grad()
+        pooled = run()
+        sum(model.project(name, x).cumsum(0).square().sum() for name, x in pooled.items()).backward()
+        # A sample alone leaves out those that are absent, so that unused parameters may lack a gradient.
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((pooled, grads))
+    (ours, our_grads), (expected, grads) = results
+    for name, x in expected.items():
+        torch.testing.assert_close(ours[name], x, rtol=1e-9, atol=1e-10)
+    for name, g in grads.items():
+        torch.testing.assert_close(our_grads[name], g, rtol=1e-6, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_compiles_to_one_graph_for_ragged_batches():
+    model = make_model(backbone=PackedTransformer(1, DIM, 4)).eval()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model.backbone, backend=counter, fullgraph=True, dynamic=True)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        lengths = torch.randint(0, 20, (3 + seed,))
+        layout = Layout.from_lengths(lengths)
+        x = torch.randn(int(lengths.sum()), DIM, requires_grad=True)
+        out = compiled(x, layout)
+        torch.testing.assert_close(out, model.backbone(x, layout), rtol=1e-4, atol=1e-5)
+        out.sum().backward()
+    assert counter.frame_count <= 2

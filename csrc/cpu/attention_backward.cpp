@@ -93,6 +93,11 @@ struct Backward {
   const int64_t rows_all = p.layout_q.length(item.sample) * group;
   const Side side_q = side_of(p.layout_q, item.sample), side_k = side_of(p.layout_k, item.sample);
 
+  // Where all keys of the sample are in one chunk, float32 adds rowsum(p * (dp - delta)) to delta: errors of
+  // dp that a row's keys share then cancel, which matters where it sees few.
+  const bool exact_delta = Units::kPack == 1 && sizeof(T) == 4 && item.begin == 0 &&
+                           item.end == p.layout_k.length(item.sample) && item.end <= kScores;
+
   const T* row_of(const HeadsView& x, int64_t row) const {
     return rows_of<T>(x, q0 + row / group, head_k * group + row % group).data;
   }
@@ -108,39 +113,33 @@ struct Backward {
 
   void prepare() {
     std::memset(w.started, 0, rows_all / kRows + 1);
-    for (int64_t r = 0; r < rows_all; r += kChains)
-      deltas(r, rows_all - r < kChains ? int(rows_all - r) : kChains);
     for (int64_t r = 0; r < rows_all; ++r) {
       const float lse = p.lse[(head_k * group + r % group) * p.layout_q.total + q0 + r / group];
       const double log2 = double(lse) * 1.4426950408889634;
       w.lse[r] = lse == -kInfinity ? kInfinity : float(log2);
       w.lse_low[r] = lse == -kInfinity ? 0 : float(log2 - double(float(log2)));
     }
+    for (int64_t r = 0; r < rows_all; r += kGroup)
+      deltas(r, rows_all - r < kGroup ? int(rows_all - r) : kGroup);
   }
 
-  // In float32 the sums run in the order of the products dout v^T, so that dp - delta is exactly 0 for a row
-  // that sees one key; several rows at a time hide the latency.
-  static constexpr int kChains = 8;
+  // rowsum(dout * out) in the order of the products dout v^T, so that dp - delta is exactly 0 for a row that
+  // sees one key.
   void deltas(int64_t r, int rows) {
-    const T *out[kChains], *dout[kChains];
-    for (int i = 0; i < kChains; ++i) {
-      out[i] = row_of(p.out, i < rows ? r + i : r);
-      dout[i] = row_of(p.dout, i < rows ? r + i : r);
+    Unit *out = w.queries_b, *dout = w.douts_b;
+    pack_group<Units, T>([&](int i) { return row_of(p.out, r + i); }, rows, p.dim, out, w.scratch);
+    pack_group<Units, T>([&](int i) { return row_of(p.dout, r + i); }, rows, p.dim, dout, w.scratch);
+    for (int j = 0; j < kGroup; j += kLanes) {
+      vf sum = {};
+      for (int64_t d = 0; d < units; ++d)
+        sum = Units::multiply_add(sum, Units::load_units(dout + d * kPanel + j),
+                                  Units::load_units(out + d * kPanel + j));
+      sum = sum * broadcast(p.scale);
+      if (j + kLanes <= rows)
+        store(w.delta + r + j, sum);
+      else if (j < rows)
+        store_tail(w.delta + r + j, sum, rows - j);
     }
-    float sum[kChains] = {};
-    if constexpr (sizeof(T) == 4) {
-      for (int64_t d = 0; d < p.dim; ++d)
-#pragma GCC unroll 8
-        for (int i = 0; i < kChains; ++i) sum[i] += out[i][d] * dout[i][d];
-    } else {
-      for (int i = 0; i < rows; ++i) {
-        vf lanes = {};
-        for (int64_t d = 0; d < p.dim; d += kLanes)
-          lanes = lanes + load_columns(out[i], d, p.dim) * load_columns(dout[i], d, p.dim);
-        sum[i] = sum_lanes(lanes);
-      }
-    }
-    for (int i = 0; i < rows; ++i) w.delta[r + i] = sum[i] * p.scale;
   }
 
   void chunk(int64_t key, int n) {
@@ -187,8 +186,11 @@ struct Backward {
     const float keep = p.dropout_p > 0 ? 1 / (1 - p.dropout_p) : 1;
     scores(q, w.keys_t, w.p, rows, panels, scale.sign);
     scores(dout, w.values_t, w.ds, rows, panels, p.scale * keep);
+    const bool special = p.softcap > 0 || p.dropout_p > 0;
+    for (int i = 0; i < rows && exact_delta; ++i)
+      w.delta[r + i] = special ? delta_of<true>(r, i, key, panels) : delta_of<false>(r, i, key, panels);
     for (int i = 0; i < rows; i += 2) {
-      if (p.softcap > 0 || p.dropout_p > 0)
+      if (special)
         weigh<true>(r, i, rows, key, panels);
       else
         weigh<false>(r, i, rows, key, panels);
@@ -211,37 +213,67 @@ struct Backward {
       }
   }
 
-  // p and ds of kLanes cells of one row.
+  // p as softmax left it, p after dropout and dp of kLanes cells of one row, and the slope of the softcap.
+  struct Cell {
+    vf x, weight, dp, slope;
+  };
   template <bool special>
-  inline __attribute__((always_inline)) void cell(int64_t r, int i, int64_t key, int column, bool masked,
-                                                  uint64_t bits, vf& weight, vf& gradient) {
+  inline __attribute__((always_inline)) Cell cell(int64_t r, int i, int64_t key, int column, bool masked,
+                                                  uint64_t bits) {
     const int64_t at = int64_t(i) * kScores + column;
-    vf s = load(w.p + at), dp = load(w.ds + at);
-    vf slope = broadcast(1.0f);
+    vf s = load(w.p + at);
+    Cell c;
+    c.dp = load(w.ds + at);
+    c.slope = broadcast(1.0f);
     if constexpr (special) {
       if (p.softcap > 0) {
-        const vf t = tanh_score(s);
-        slope = broadcast(1.0f) - t * t;
-        s = t;
+        s = tanh_score(s);
+        c.slope = broadcast(1.0f) - s * s;
       }
     }
     vf exponent = s * broadcast(scale.log2) - broadcast(w.lse[r + i]);
     if constexpr (Units::kPack == 1) exponent = exponent - broadcast(w.lse_low[r + i]);
-    vf x = exp2_score(exponent);
-    if (masked) x = select(BackwardMask::lanes(bits, column % kPanel), x, vf{});
-    weight = x;
+    c.x = exp2_score(exponent);
+    if (masked) {
+      const vi seen = BackwardMask::lanes(bits, column % kPanel);
+      c.x = select(seen, c.x, vf{});
+      c.dp = select(seen, c.dp, vf{});  // a hidden key may hold anything
+    }
+    c.weight = c.x;
     if constexpr (special) {
       if (p.dropout_p > 0) {
         const int64_t row = r + i;
         const vi stays = kept(p.seed, uint32_t(head_k * group + row % group), uint32_t(item.sample),
                               uint32_t(row / group), uint32_t(key + column), p.dropout_p);
-        dp = select(stays, dp, vf{});
-        weight = select(stays, x * broadcast(1.0f / (1.0f - p.dropout_p)), vf{});
+        c.dp = select(stays, c.dp, vf{});
+        c.weight = select(stays, c.x * broadcast(1.0f / (1.0f - p.dropout_p)), vf{});
       }
     }
-    gradient = x * (dp - broadcast(w.delta[r + i]));
-    if constexpr (special) gradient = gradient * slope;
-    if (masked) gradient = select(BackwardMask::lanes(bits, column % kPanel), gradient, vf{});
+    return c;
+  }
+
+  template <bool special>
+  inline __attribute__((always_inline)) void gradient(int64_t r, int i, int64_t key, int column, bool masked,
+                                                      uint64_t bits, vf& weight, vf& ds) {
+    const Cell c = cell<special>(r, i, key, column, masked, bits);
+    weight = c.weight;
+    ds = c.x * (c.dp - broadcast(w.delta[r + i]));
+    if constexpr (special) ds = ds * c.slope;
+  }
+
+  template <bool special>
+  float delta_of(int64_t r, int i, int64_t key, int panels) {
+    const Span* spans = w.mask->spans[i / kRows];
+    const vf delta = broadcast(w.delta[r + i]);
+    vf sum = {};
+    for (int c = 0; c < panels; ++c) {
+      const bool masked = !spans[c].full;
+      for (int j = spans[c].begin * kGroup; j < spans[c].end * kGroup; j += kLanes) {
+        const Cell x = cell<special>(r, i, key, c * kPanel + j, masked, masked ? w.mask->bits[c][i] : 0);
+        sum = sum + x.x * (x.dp - delta);
+      }
+    }
+    return w.delta[r + i] + sum_lanes(sum);
   }
 
   // Two rows of the block: scores and dp become p and ds. Cells that were left out become zeros, because the
@@ -257,23 +289,23 @@ struct Backward {
       const bool masked = !spans[c].full;
       for (int j = 0; j < kPanel; j += kLanes) {
         const int column = c * kPanel + j;
-        vf weight[2] = {}, gradient[2] = {};
+        vf weight[2] = {}, ds[2] = {};
         if (begin <= j && j < end) {
-          cell<special>(r, i, key, column, masked, masked ? mask.bits[c][i] : 0, weight[0], gradient[0]);
+          gradient<special>(r, i, key, column, masked, masked ? mask.bits[c][i] : 0, weight[0], ds[0]);
           if (both)
-            cell<special>(r, i + 1, key, column, masked, masked ? mask.bits[c][i + 1] : 0, weight[1],
-                          gradient[1]);
+            gradient<special>(r, i + 1, key, column, masked, masked ? mask.bits[c][i + 1] : 0, weight[1],
+                              ds[1]);
         }
         if constexpr (Units::kPack == 1) {
           store_pair(w.p + i * kScores, kScores, column, weight[0], weight[1], both);
-          store_pair(w.ds + i * kScores, kScores, column, gradient[0], gradient[1], both);
+          store_pair(w.ds + i * kScores, kScores, column, ds[0], ds[1], both);
         } else {
 #if defined(__AVX512BF16__)
           store_pair(reinterpret_cast<uint32_t*>(w.p + i * kScores), column, weight[0], weight[1]);
-          store_pair(reinterpret_cast<uint32_t*>(w.ds + i * kScores), column, gradient[0], gradient[1]);
+          store_pair(reinterpret_cast<uint32_t*>(w.ds + i * kScores), column, ds[0], ds[1]);
           bf16* rows16 = reinterpret_cast<bf16*>(w.ds_rows) + i * kScores + column;
-          store(rows16, gradient[0]);
-          if (both) store(rows16 + kScores, gradient[1]);
+          store(rows16, ds[0]);
+          if (both) store(rows16 + kScores, ds[1]);
 #endif
         }
       }

@@ -92,7 +92,7 @@ MMFAST_INLINE void store_weights(uint32_t* row, int j, vf x) {
   store(reinterpret_cast<bf16*>(row) + j, x);
 }
 
-// Replaces one row's scores by 2^(scale * score - maximum), as units of the next product, and returns their
+// Replaces one row's scores by 2^(scale * (score - maximum)), as units of the next product, and returns their
 // sum.
 template <class Units, bool drop>
 MMFAST_INLINE float weigh_row(float* s, const Span* spans, int panels, float scale, float maximum,
@@ -103,7 +103,7 @@ MMFAST_INLINE float weigh_row(float* s, const Span* spans, int panels, float sca
   for (int p = 0; p < panels; ++p) {
     const int end = p * kPanel + spans[p].end * kGroup;
     for (int j = p * kPanel + spans[p].begin * kGroup; j < end; j += kLanes) {
-      vf x = exp2_score(load(s + j) * factor - shift);
+      vf x = exp2_score((load(s + j) - shift) * factor);
       total = total + x;
       if constexpr (drop) {
         const vi stays = kept(dropout.seed, dropout.head, dropout.sample, dropout.row,
@@ -220,7 +220,7 @@ struct Forward {
       float* s = w.scores + i * kScores;
       if (p.softcap > 0) cap_row(s, spans, panels);
       const float before = w.maximum[r + i];
-      const float highest = mask_row(s, spans, *w.mask, panels, i) * scale.log2;
+      const float highest = mask_row(s, spans, *w.mask, panels, i);
       const float maximum = highest > before ? highest : before;
       const float shift = maximum == -kInfinity ? 0 : maximum;
       float sum;
@@ -236,7 +236,7 @@ struct Forward {
       } else {
         sum = weigh_row<Units, false>(s, spans, panels, scale.log2, shift, {});
       }
-      const float alpha = before == maximum ? 1.0f : std::exp2(before - shift);
+      const float alpha = before == maximum ? 1.0f : std::exp2((before - shift) * scale.log2);
       w.alpha[i] = alpha;
       w.sum[r + i] = w.sum[r + i] * alpha + sum;
       w.maximum[r + i] = maximum;
@@ -290,7 +290,8 @@ struct Forward {
           store_tail(out + d, x, int(p.dim - d));
       }
       p.lse[head * p.layout_q.total + q0 + row / group] =
-          empty ? -kInfinity : w.maximum[r + i] * kLn2 + std::log(sum);
+          empty ? -kInfinity
+                : float(double(w.maximum[r + i]) * scale.log2 * 0.6931471805599453 + std::log(sum));
     }
   }
 };

@@ -212,30 +212,34 @@ MMFAST_INLINE void transpose_group(const Unit* const* rows, int64_t units, Unit*
 #endif
 }
 
+// Up to 16 rows, transposed: out[units of dim][64], columns 0 to 15, zero from n on. scratch: 17 * dim units.
+template <class Units, class T, class RowOf>
+MMFAST_INLINE void pack_group(RowOf row_of, int n, int64_t dim, typename Units::Unit* out,
+                              typename Units::Unit* scratch) {
+  using Unit = typename Units::Unit;
+  constexpr bool in_place = sizeof(T) * Units::kPack == sizeof(Unit);
+  const Unit* source[kGroup];
+  if (n < kGroup) std::memset(scratch + kGroup * dim, 0, dim * sizeof(Unit));
+  for (int i = 0; i < kGroup; ++i) {
+    if (i >= n) {
+      source[i] = scratch + kGroup * dim;
+    } else if (in_place) {
+      source[i] = reinterpret_cast<const Unit*>(row_of(i));
+    } else {
+      copy_row(row_of(i), dim, scratch + i * dim);
+      source[i] = scratch + i * dim;
+    }
+  }
+  transpose_group(source, dim / Units::kPack, out);
+}
+
 // A panel of n <= 64 rows, transposed: out[units of dim][64]. Columns up to a whole group are zero.
-// scratch: 17 * dim units.
 template <class Units, class T>
 void pack_transposed(Rows<T> rows, int n, int64_t dim, typename Units::Unit* out,
                      typename Units::Unit* scratch) {
-  using Unit = typename Units::Unit;
-  const int64_t units = dim / Units::kPack;
-  constexpr bool in_place = sizeof(T) * Units::kPack == sizeof(Unit);
-  Unit* zeros = scratch + kGroup * dim;
-  std::memset(zeros, 0, units * sizeof(Unit));
-  for (int j = 0; j < n; j += kGroup) {
-    const Unit* source[kGroup];
-    for (int i = 0; i < kGroup; ++i) {
-      if (j + i >= n) {
-        source[i] = zeros;
-      } else if (in_place) {
-        source[i] = reinterpret_cast<const Unit*>(rows.data + (j + i) * rows.stride);
-      } else {
-        copy_row(rows.data + (j + i) * rows.stride, dim, scratch + i * dim);
-        source[i] = scratch + i * dim;
-      }
-    }
-    transpose_group(source, units, out + j);
-  }
+  for (int j = 0; j < n; j += kGroup)
+    pack_group<Units, T>([&](int i) { return rows.data + (j + i) * rows.stride; },
+                         n - j < kGroup ? n - j : kGroup, dim, out + j, scratch);
 }
 
 // n rows as they are: out[ceil(dim / 64)][capacity units][64]; a unit of two rows has the second one zero at

@@ -13,7 +13,6 @@ namespace MMFAST_ISA {
 namespace {
 
 constexpr float kLog2e = 1.44269504f;
-constexpr float kLn2 = 0.69314718f;
 constexpr float kInfinity = __builtin_inff();
 
 // Memory of one thread, kept between calls: fresh pages would cost more than the work on short batches.

@@ -80,33 +80,35 @@ struct Forward {
     const int64_t dim = p.dim;
     T* out = static_cast<T*>(p.x) + t * dim;
     if (p.norm == Norm::none) {
-      for_each_vector(dim, [&](int64_t i, int n) { set<kStream>(out + i, row.template at<kAdds>(i, n), n); });
+      for_each_vector(dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
+        set<kStream>(out + i, row.template at<kAdds>(i, n), n);
+      });
       return;
     }
-    vf total = splat(0), squares = splat(0);
-    for_each_vector(dim, [&](int64_t i, int n) {
+    Four total, squares;
+    for_each_vector_in_four(dim, [&](int64_t i, int n, int k) MMFAST_INLINE_LAMBDA {
       const vf v = row.template at<kAdds>(i, n);
       store(scratch + i, v);
-      total += v;
-      squares += v * v;
+      total.v[k] += v;
+      squares.v[k] += v * v;
     });
-    float mean = 0, variance = sum(squares) / float(dim);
+    float mean = 0, variance = squares.total() / float(dim);
     if (p.norm == Norm::layer) {
       // The two-pass variance: the sum of squares loses digits where the mean is large.
-      mean = sum(total) / float(dim);
-      squares = splat(0);
-      for_each_vector(dim, [&](int64_t i, int n) {
+      mean = total.total() / float(dim);
+      squares = {};
+      for_each_vector_in_four(dim, [&](int64_t i, int n, int k) MMFAST_INLINE_LAMBDA {
         const vf v = first_lanes(load(scratch + i) - mean, n);
-        squares += v * v;
+        squares.v[k] += v * v;
       });
-      variance = sum(squares) / float(dim);
+      variance = squares.total() / float(dim);
       p.mean[t] = mean;
     }
     const float rstd = 1.0f / std::sqrt(variance + p.eps);
     p.rstd[t] = rstd;
     const P* weight = static_cast<const P*>(p.weight);
     const P* bias = static_cast<const P*>(p.bias);
-    for_each_vector(dim, [&](int64_t i, int n) {
+    for_each_vector(dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
       vf v = (load(scratch + i) - mean) * rstd;
       if (weight) v *= get(weight + i, n);
       if (bias) v += get(bias + i, n);
@@ -153,35 +155,36 @@ struct Backward {
     const T* dx = static_cast<const T*>(p.x) + t * p.x_stride;
     T* out = part.dtokens ? static_cast<T*>(part.dtokens) + (p.source[t] - part.first) * dim : nullptr;
     float* type = partial.type ? partial.type + p.modality[t] * padded(dim) : nullptr;
-    auto finish = [&](int64_t i, int n, vf v) {
+    auto finish = [&](int64_t i, int n, vf v) MMFAST_INLINE_LAMBDA {
       if (out) set<kStream>(out + i, v, n);
       if (type) store(type + i, load(type + i) + v);
     };
     if (p.norm == Norm::none) {
-      for_each_vector(dim, [&](int64_t i, int n) { finish(i, n, get(dx + i, n)); });
+      for_each_vector(dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { finish(i, n, get(dx + i, n)); });
       return;
     }
     const float rstd = p.rstd[t], mean = p.norm == Norm::layer ? p.mean[t] : 0.0f;
     const P* weight = static_cast<const P*>(p.weight);
-    vf sum_scaled = splat(0), sum_product = splat(0);
-    for_each_vector(dim, [&](int64_t i, int n) {
+    Four sum_scaled, sum_product;
+    for_each_vector_in_four(dim, [&](int64_t i, int n, int k) MMFAST_INLINE_LAMBDA {
       const vf y = (row.template at<kAdds>(i, n) - mean) * rstd;
       const vf d = get(dx + i, n);
       const vf g = weight ? d * get(weight + i, n) : d;
       store(normed + i, y);
       store(scaled + i, g);
-      sum_scaled += g;
-      sum_product += g * y;
+      sum_scaled.v[k] += g;
+      sum_product.v[k] += g * y;
       if (partial.weight) store(partial.weight + i, load(partial.weight + i) + d * y);
       if (partial.bias) store(partial.bias + i, load(partial.bias + i) + d);
     });
-    const float a = p.norm == Norm::layer ? sum(sum_scaled) / float(dim) : 0.0f;
-    const float b = sum(sum_product) / float(dim);
+    const float a = p.norm == Norm::layer ? sum_scaled.total() / float(dim) : 0.0f;
+    const float b = sum_product.total() / float(dim);
     coefficients[2 * t] = a;
     coefficients[2 * t + 1] = b;
     if (!out && !type) return;
-    for_each_vector(
-        dim, [&](int64_t i, int n) { finish(i, n, (load(scaled + i) - a - load(normed + i) * b) * rstd); });
+    for_each_vector(dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
+      finish(i, n, (load(scaled + i) - a - load(normed + i) * b) * rstd);
+    });
   }
 };
 
@@ -217,13 +220,15 @@ struct AddGradient {
   __attribute__((always_inline)) void run() {
     const T* dx = static_cast<const T*>(p.x) + t * p.x_stride + first;
     if (p.norm == Norm::none) {
-      for_each_vector(width, [&](int64_t i, int n) { store(total + i, load(total + i) + get(dx + i, n)); });
+      for_each_vector(width, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
+        store(total + i, load(total + i) + get(dx + i, n));
+      });
       return;
     }
     const float rstd = p.rstd[t], mean = p.norm == Norm::layer ? p.mean[t] : 0.0f;
     const float a = coefficients[2 * t], b = coefficients[2 * t + 1];
     const P* weight = p.weight ? static_cast<const P*>(p.weight) + first : nullptr;
-    for_each_vector(width, [&](int64_t i, int n) {
+    for_each_vector(width, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
       const vf y = (row.template at<kAdds>(first + i, n) - mean) * rstd;
       const vf d = get(dx + i, n);
       const vf g = weight ? d * get(weight + i, n) : d;
@@ -257,8 +262,9 @@ void table_backward(const PackParams& p, const float* coefficients, int which, i
       AddGradient<T, P> body{p, member[m], first, width, coefficients, total, Row<T, P>(p, member[m])};
       with_adds(body.row.adds, body);
     }
-    for_each_vector(width,
-                    [&](int64_t i, int k) { set<false>(out + n * dim + first + i, load(total + i), k); });
+    for_each_vector(width, [&](int64_t i, int k) MMFAST_INLINE_LAMBDA {
+      set<false>(out + n * dim + first + i, load(total + i), k);
+    });
   }
   delete[] member;
   delete[] end;

@@ -73,14 +73,14 @@ MMFAST_INLINE void row_angles(const RotaryParams& p, int64_t t, float* scratch, 
 template <typename At, typename Finish>
 MMFAST_INLINE void rotate(const RotaryParams& p, const Angles& angle, At at, Finish finish) {
   if (p.interleaved) {
-    for_each_vector(p.dim, [&](int64_t i, int n) {
+    for_each_vector(p.dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
       const vf x = at(i, n);
       finish(i, n, x * load(angle.cosines + i) + swap_pairs(x) * load(angle.sines + i));
     });
     return;
   }
   const int64_t half = p.dim / 2;
-  for_each_vector(half, [&](int64_t i, int n) {
+  for_each_vector(half, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
     const vf x = at(i, n), y = at(half + i, n), c = load(angle.cosines + i), s = load(angle.sines + i);
     finish(i, n, x * c - y * s);
     finish(half + i, n, y * c + x * s);
@@ -89,34 +89,42 @@ MMFAST_INLINE void rotate(const RotaryParams& p, const Angles& angle, At at, Fin
 
 template <typename T>
 MMFAST_INLINE float rstd_of(const RotaryParams& p, const T* x) {
-  vf squares = splat(0);
-  for_each_vector(p.dim, [&](int64_t i, int n) {
+  Four squares;
+  for_each_vector_in_four(p.dim, [&](int64_t i, int n, int k) MMFAST_INLINE_LAMBDA {
     const vf v = get(x + i, n);
-    squares += v * v;
+    squares.v[k] += v * v;
   });
-  return 1.0f / std::sqrt(sum(squares) / float(p.dim) + p.eps);
+  return 1.0f / std::sqrt(squares.total() / float(p.dim) + p.eps);
 }
 
 template <typename T, bool kStream>
 MMFAST_INLINE void forward_head(const RotaryParams& p, const RotarySide& side, const Angles& angle,
                                 const T* x, T* out) {
-  auto finish = [&](int64_t i, int n, vf v) { set<kStream>(out + i, v, n); };
-  if (!p.norm) return rotate(p, angle, [&](int64_t i, int n) { return get(x + i, n); }, finish);
+  auto finish = [&](int64_t i, int n, vf v) MMFAST_INLINE_LAMBDA { set<kStream>(out + i, v, n); };
+  if (!p.norm)
+    return rotate(p, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n); }, finish);
   const float rstd = rstd_of(p, x);
-  if (!side.weight) return rotate(p, angle, [&](int64_t i, int n) { return get(x + i, n) * rstd; }, finish);
-  rotate(p, angle, [&](int64_t i, int n) { return get(x + i, n) * rstd * get(side.weight + i, n); }, finish);
+  if (!side.weight)
+    return rotate(
+        p, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n) * rstd; }, finish);
+  rotate(
+      p, angle,
+      [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n) * rstd * get(side.weight + i, n); },
+      finish);
 }
 
 // dweight: this chunk's partial sum, or null.
 template <typename T, bool kStream>
 MMFAST_INLINE void backward_head(const RotaryParams& p, const RotarySide& side, const Angles& angle,
                                  const T* x, const T* grad, T* out, float* scratch, float* dweight) {
-  auto at = [&](int64_t i, int n) { return get(grad + i, n); };
-  if (!p.norm) return rotate(p, angle, at, [&](int64_t i, int n, vf v) { set<kStream>(out + i, v, n); });
-  rotate(p, angle, at, [&](int64_t i, int n, vf v) { set<false>(scratch + i, v, n); });
+  auto at = [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(grad + i, n); };
+  if (!p.norm)
+    return rotate(p, angle, at,
+                  [&](int64_t i, int n, vf v) MMFAST_INLINE_LAMBDA { set<kStream>(out + i, v, n); });
+  rotate(p, angle, at, [&](int64_t i, int n, vf v) MMFAST_INLINE_LAMBDA { set<false>(scratch + i, v, n); });
   const float rstd = rstd_of(p, x);
   vf product = splat(0);
-  for_each_vector(p.dim, [&](int64_t i, int n) {
+  for_each_vector(p.dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
     const vf y = get(x + i, n) * rstd;
     vf g = get(scratch + i, n);
     if (dweight) store(dweight + i, load(dweight + i) + g * y);
@@ -125,7 +133,7 @@ MMFAST_INLINE void backward_head(const RotaryParams& p, const RotarySide& side, 
     product += g * y;
   });
   const float mean = sum(product) / float(p.dim);
-  for_each_vector(p.dim, [&](int64_t i, int n) {
+  for_each_vector(p.dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
     set<kStream>(out + i, (get(scratch + i, n) - get(x + i, n) * rstd * mean) * rstd, n);
   });
 }

@@ -77,6 +77,9 @@ MMFAST_INLINE void release(float* p) {
   ::operator delete[](p, std::align_val_t(64));
 }
 
+// A body that is not inlined passes its vectors through memory, at several times the cost.
+#define MMFAST_INLINE_LAMBDA __attribute__((always_inline))
+
 // Calls body(i, n) for every vector of a row; n is kLanes but for the last.
 template <typename Body>
 MMFAST_INLINE void for_each_vector(int64_t dim, Body body) {
@@ -84,6 +87,25 @@ MMFAST_INLINE void for_each_vector(int64_t dim, Body body) {
   for (; i + kLanes <= dim; i += kLanes) body(i, kLanes);
   if (i < dim) body(i, int(dim - i));
 }
+// Calls body(i, n, k) with k counting 0 to 3: sums over a row take one accumulator per k, or each addition
+// would wait for the one before.
+template <typename Body>
+MMFAST_INLINE void for_each_vector_in_four(int64_t dim, Body body) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= dim; i += 4 * kLanes) {
+    body(i, kLanes, 0);
+    body(i + kLanes, kLanes, 1);
+    body(i + 2 * kLanes, kLanes, 2);
+    body(i + 3 * kLanes, kLanes, 3);
+  }
+  for (; i + kLanes <= dim; i += kLanes) body(i, kLanes, 0);
+  if (i < dim) body(i, int(dim - i), 1);
+}
+struct Four {
+  vf v[4] = {};
+  __attribute__((always_inline)) float total() const { return sum((v[0] + v[1]) + (v[2] + v[3])); }
+};
+
 template <typename T>
 MMFAST_INLINE vf get(const T* p, int n) {
   return n == kLanes ? load(p) : load_tail(p, n);

@@ -122,11 +122,20 @@ MMFAST_INLINE vf vabs(vf a) {
 // Sums and maxima over lanes in a fixed tree order, so that results do not depend on how a compiler orders
 // them.
 MMFAST_INLINE float sum(vf v) {
+#if defined(__AVX512F__) && defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  // The same order as below, in registers.
+  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
+  v += __builtin_shufflevector(v, v, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0);
+  return v[0];
+#else
   float lane[kLanes];
   std::memcpy(lane, &v, sizeof v);
   for (int step = kLanes / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
   return lane[0];
+#endif
 }
 MMFAST_INLINE float max_lane(vf v) {
   float lane[kLanes];

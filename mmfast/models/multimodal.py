@@ -78,7 +78,7 @@ class MultimodalModel(nn.Module):
 
     def forward(self, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Modality name -> mean of a sample's tokens `[B, dim]`, float32; zeros where the modality is absent."""
-        return {name: segment_mean(*tokens).float() for name, tokens in self.encode(inputs).items()}
+        return {name: _widen(segment_mean(*tokens)) for name, tokens in self.encode(inputs).items()}
 
     def fuse(self, encoded: Mapping[str, tuple[Tensor, Layout]]) -> tuple[Tensor, Layout]:
         """The backbone over the tokens of `encode`, all modalities of a sample in one sequence."""
@@ -95,10 +95,15 @@ class MultimodalModel(nn.Module):
 
     def forward_joint(self, inputs: Mapping[str, object]) -> Tensor:
         """Mean of a sample's fused tokens, all modalities, `[B, dim]`, float32."""
-        return segment_mean(*self.fuse(self.encode(inputs))).float()
+        return _widen(segment_mean(*self.fuse(self.encode(inputs))))
 
     def project(self, name: str, pooled: Tensor) -> Tensor:
         """Pooled `[B, dim]` of a modality -> unit vectors `[B, embed_dim]` in float32; zeros stay zeros."""
-        x = self.projections[name](pooled).float()
+        x = _widen(self.projections[name](pooled))
         # The floor keeps an absent modality's gradient finite; it is far below any real vector's norm.
         return x * torch.rsqrt(x.square().sum(-1, keepdim=True).clamp(min=1e-8))
+
+
+def _widen(x: Tensor) -> Tensor:
+    """In float32 at least: float64 models stay in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmfast.layout import Layout
 from mmfast.mask import ModalityMask
+from mmfast.nn._dropout import attention_dropout
 from mmfast.ops.attention import attention
 from mmfast.ops.rotary import rotary
 
@@ -89,10 +90,10 @@ class PackedTransformerBlock(nn.Module):
             mask: who sees whom; None: every row of the sample.
         """
         q, k, v = self._qkv(x, layout)
-        dropout = self.dropout if self.training else 0.0
-        mixed = self.out(attention(q, k, v, layout, mask=mask, dropout_p=dropout).flatten(1))
-        x = x + nn.functional.dropout(mixed, dropout, self.training)
-        return x + nn.functional.dropout(self.mlp(self.norm2(x)), dropout, self.training)
+        dropout = attention_dropout(self.dropout, self.training, q.device)
+        mixed = self.out(attention(q, k, v, layout, mask=mask, **dropout).flatten(1))
+        x = x + nn.functional.dropout(mixed, self.dropout, self.training)
+        return x + nn.functional.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, rotary_base={self.rotary_base}"

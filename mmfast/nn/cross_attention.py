@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from mmfast.layout import Layout
 from mmfast.mask import ModalityMask
+from mmfast.nn._dropout import attention_dropout
 from mmfast.nn.attention_map import attention_weights
 from mmfast.ops.attention import attention
 
@@ -185,8 +186,8 @@ class CrossModalAttention(nn.MultiheadAttention):
         return q, self._heads(linear(key, wk, bk)), self._heads(linear(value, wv, bv))
 
     def _attend(self, q, k, v, layout_q: Layout, layout_k: Layout, mask: ModalityMask | None) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return self.out_proj(attention(q, k, v, layout_q, layout_k, mask, dropout_p=dropout).flatten(1))
+        dropout = attention_dropout(self.dropout, self.training, q.device)
+        return self.out_proj(attention(q, k, v, layout_q, layout_k, mask, **dropout).flatten(1))
 
 
 def _each(function, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

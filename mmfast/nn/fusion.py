@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.layout import Layout
+from mmfast.nn._dropout import attention_dropout
 from mmfast.ops.attention import attention
 
 
@@ -155,5 +156,6 @@ class AttentionFusion(_Fusion):
         q = self.query.to(k.dtype).expand(batch, -1).unflatten(-1, (self.heads, -1))
         one_each = Layout.padded(batch, 1).to(here.device)
         those_present = Layout.padded(batch, count, here.sum(1).to(torch.int32))
-        mixed = attention(q, k, v, one_each, those_present, dropout_p=self.dropout if self.training else 0.0)
+        dropout = attention_dropout(self.dropout, self.training, q.device)
+        mixed = attention(q, k, v, one_each, those_present, **dropout)
         return self.out(mixed.flatten(1))

@@ -67,9 +67,7 @@ def attention(
 
     Source: Vaswani et al. 2017, equation 1; Gemma 2 (arXiv 2408.00118) for the softcap.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = _autocast(q, k, v)
     layout_k = layout_q if layout_k is None else layout_k
     mask = _FULL if mask is None else mask
     _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed)
@@ -117,6 +115,14 @@ def attention(
         if half:
             out = out.half()
     return (out, lse) if return_lse else out
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    kind = tensors[0].device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)
 
 
 def _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed) -> None:

@@ -32,7 +32,8 @@ def attention(
     """out as q, and lse float32 (float64 for float64 inputs) `[H, Tq]`; arguments as `mmfast.attention`."""
     heads = q.shape[1]
     group = heads // k.shape[1]
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    # Zeros that depend on q, k and v, so that a batch without visible keys has zero gradients instead of none.
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format) + sum(x[:0].sum() for x in (q, k, v))
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     lse = torch.full((heads, q.shape[0]), -torch.inf, dtype=lse_dtype, device=q.device)
     for sample, rows_q, rows_k in _samples(layout_q, layout_k):
