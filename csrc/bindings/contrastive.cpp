@@ -84,7 +84,7 @@ void bind_contrastive(py::module_& m) {
            const TensorView& ids_x, const TensorView& ids_y, int64_t offset, bool sigmoid,
            const TensorView& row, const TensorView& column, const TensorView& grad_row,
            const TensorView& grad_column, const TensorView& grad_diagonal, const TensorView& dx,
-           const TensorView& dy, const TensorView& dscale, const TensorView& dbias) {
+           const TensorView& dy, const TensorView& dscale, const TensorView& dbias, const TensorView& loss) {
           ContrastiveParams p = params_of(x, y, scale, bias, ids_x, ids_y, offset, sigmoid);
           p.row = vector_of("row", row, p.n);
           p.column = vector_of("column", column, p.m);
@@ -105,6 +105,7 @@ void bind_contrastive(py::module_& m) {
           p.dy = gradient("dy", dy, p.m);
           p.dscale = vector_of("dscale", dscale, 1);
           p.dbias = vector_of("dbias", dbias, 1);
+          p.loss = vector_of("loss", loss, 1);
           check(p.dscale && p.dbias, kOp, ": an output is missing");
           if (p.n == 0) return;
           py::gil_scoped_release release;

@@ -135,6 +135,14 @@ const typename Units::Unit* as_units(const T* rows, int64_t n, int64_t dim, type
   }
 }
 
+// A panel of n <= 64 rows, transposed. scratch: 17 * dim units.
+template <class Units, class T>
+void pack_panel(const T* rows, int n, int64_t dim, typename Units::Unit* out, typename Units::Unit* scratch) {
+  for (int j = 0; j < n; j += kGroup)
+    pack_group<Units, T>([&](int i) { return rows + (j + i) * dim; }, n - j < kGroup ? n - j : kGroup, dim,
+                         out + j, scratch);
+}
+
 // out [rows][ld], 64 columns from b: products of rows with one panel.
 template <class Units>
 void multiply_panel(int64_t rows, int columns, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
@@ -217,7 +225,7 @@ void forward_chunk(const ContrastiveParams& p, Range rows, Range columns, float*
   for (int64_t r = 0; r < rows.size(); ++r) row[r] = {splat(initial), splat(0.0f)};
   for (int64_t j = columns.begin; j < columns.end; j += kPanel) {
     const Columns at(p, j, columns.end);
-    pack_transposed<Units, T>({y + j * p.dim, p.dim}, at.valid, p.dim, panel, pack_scratch);
+    pack_panel<Units, T>(y + j * p.dim, at.valid, p.dim, panel, pack_scratch);
     Online column[kPanelVecs];
     for (Online& c : column) c = {splat(kMasked), splat(0.0f)};
     for (int64_t i = rows.begin; i < rows.end; i += kForwardRows) {
@@ -308,14 +316,25 @@ void forward(const ContrastiveParams& p) {
   std::free(column_partial);
 }
 
+struct Totals {
+  double dscale = 0, dbias = 0, loss = 0;
+};
+
 // Gradient of the scores of one row against one panel, from the products s. Returns it unscaled.
-MMFAST_INLINE vf score_gradient(const ContrastiveParams& p, const Columns& at, int64_t i, int v, vf s) {
+// Adds the sigmoid loss to `loss` where it is wanted.
+MMFAST_INLINE vf score_gradient(const ContrastiveParams& p, const Columns& at, int64_t i, int v, vf s,
+                                vf& loss) {
   const vf z = s * splat(p.scale) + splat(p.bias);
   vf g;
   const vi is_positive = at.index(v) == at.positive(p, i);
   if (p.sigmoid) {
     const vf e = exp_approx(-vabs(z)), large = splat(1.0f) / (splat(1.0f) + e), small = e * large;
     const vi up = z > splat(0.0f);
+    if (p.loss) {
+      vf cost = vmax(splat(0.0f), select(is_positive, -z, z)) + log1p_unit(e);
+      if (at.needs_mask()) cost = select(at.counts(p, i, v), cost, splat(0.0f));
+      loss += splat(p.grad_row[i]) * cost;
+    }
     g = splat(p.grad_row[i]) * select(is_positive, -select(up, small, large), select(up, large, small));
   } else {
     const int64_t j = at.begin + v * kLanes;
@@ -350,17 +369,17 @@ struct ScoreGradients {
 
 template <class Units>
 void gradients_of_scores(const ContrastiveParams& p, const ScoreGradients<Units>& g, Range rows,
-                         Range columns, double& dscale, double& dbias) {
+                         Range columns, Totals& totals) {
   for (int64_t j = columns.begin; j < columns.end; j += kPanel) {
     const Columns at(p, j, columns.end);
     for (int64_t i = rows.begin; i < rows.end; i += Units::kPack) {
-      vf scale_sum = splat(0.0f), bias_sum = splat(0.0f);
+      vf scale_sum = splat(0.0f), bias_sum = splat(0.0f), loss_sum = splat(0.0f);
       for (int v = 0; v < kPanelVecs; ++v) {
         const int64_t column = j - columns.begin + v * kLanes;
         vf out[Units::kPack] = {};
         for (int k = 0; k < Units::kPack && i + k < rows.end; ++k) {
           const vf s = load(g.s + (i + k - rows.begin) * g.ld + column);
-          const vf d = score_gradient(p, at, i + k, v, s);
+          const vf d = score_gradient(p, at, i + k, v, s, loss_sum);
           // Products of columns that do not exist are not written.
           scale_sum += select((vi)(d != splat(0.0f)), d * s, splat(0.0f));
           bias_sum += d;
@@ -381,8 +400,9 @@ void gradients_of_scores(const ContrastiveParams& p, const ScoreGradients<Units>
 #endif
         }
       }
-      dscale += sum(scale_sum);
-      dbias += sum(bias_sum);
+      totals.dscale += sum(scale_sum);
+      totals.dbias += sum(bias_sum);
+      if (p.loss) totals.loss += sum(loss_sum);
     }
   }
 }
@@ -426,7 +446,7 @@ void add_product(int64_t rows, const typename Units::Unit* a, int64_t a_row, int
 
 template <class Units, class T>
 void backward_chunk(const ContrastiveParams& p, Range rows, Range columns, BackwardScratch<Units>& w,
-                    double& dscale, double& dbias) {
+                    Totals& totals) {
   const T* x = static_cast<const T*>(p.x);
   const T* y = static_cast<const T*>(p.y);
   constexpr int pack = Units::kPack;
@@ -434,8 +454,8 @@ void backward_chunk(const ContrastiveParams& p, Range rows, Range columns, Backw
   for (int64_t j = columns.begin; j < columns.end; j += kBackwardColumns) {
     const Range c{j, min64(j + kBackwardColumns, columns.end)};
     for (int64_t k = 0; k < c.size(); k += kPanel)
-      pack_transposed<Units, T>({y + (j + k) * p.dim, p.dim}, int(min64(kPanel, c.size() - k)), p.dim,
-                                w.y_transposed + k * units, w.pack);
+      pack_panel<Units, T>(y + (j + k) * p.dim, int(min64(kPanel, c.size() - k)), p.dim,
+                           w.y_transposed + k * units, w.pack);
     if (p.dx)
       pack_rows_of<Units, T>([&](int64_t k) { return y + (j + k) * p.dim; }, c.size(), p.dim,
                              kBackwardColumns / pack, w.y_rows);
@@ -445,7 +465,7 @@ void backward_chunk(const ContrastiveParams& p, Range rows, Range columns, Backw
       for (int64_t k = 0; k < c.size(); k += kPanel)
         multiply_panel<Units>(r.size(), int(min64(kPanel, c.size() - k)), a, units, 1,
                               w.y_transposed + k * units, units, w.g.s + k, w.g.ld, Store::set);
-      gradients_of_scores<Units>(p, w.g, r, c, dscale, dbias);
+      gradients_of_scores<Units>(p, w.g, r, c, totals);
       if (p.dx)
         add_product<Units>(r.size(), w.g.by_row(), row_step, 1, w.y_rows, (c.size() + pack - 1) / pack,
                            kBackwardColumns / pack, p.dim, p.dx + i * p.dim);
@@ -462,7 +482,7 @@ void backward_chunk(const ContrastiveParams& p, Range rows, Range columns, Backw
 template <class Units, class T>
 void backward(const ContrastiveParams& p) {
   const int64_t parts = parts_of(p);
-  double* partial = new double[parts * parts * 2]();
+  Totals* partial = new Totals[parts * parts]();
 #pragma omp parallel num_threads(threads_of(p, parts))
   {
     BackwardScratch<Units> scratch(p.dim);
@@ -470,18 +490,20 @@ void backward(const ContrastiveParams& p) {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < parts; ++r) {
         const int64_t c = (r + turn) % parts;
-        double* sums = partial + 2 * (r * parts + c);
-        backward_chunk<Units, T>(p, chunk(r, parts, p.n), chunk(c, parts, p.m), scratch, sums[0], sums[1]);
+        backward_chunk<Units, T>(p, chunk(r, parts, p.n), chunk(c, parts, p.m), scratch,
+                                 partial[r * parts + c]);
       }
     }
   }
-  double dscale = 0, dbias = 0;
+  Totals total;
   for (int64_t i = 0; i < parts * parts; ++i) {
-    dscale += partial[2 * i];
-    dbias += partial[2 * i + 1];
+    total.dscale += partial[i].dscale;
+    total.dbias += partial[i].dbias;
+    total.loss += partial[i].loss;
   }
-  *p.dscale = float(dscale);
-  *p.dbias = float(dbias);
+  *p.dscale = float(total.dscale);
+  *p.dbias = float(total.dbias);
+  if (p.loss) *p.loss = float(total.loss);
   delete[] partial;
 }
 

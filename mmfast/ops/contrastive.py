@@ -35,7 +35,8 @@ def contrastive_loss(
         infonce: 1 / (2 N) * sum_i (log sum_j exp z_ij - z_ii) + (log sum_j exp z_ji - z_ii)
         sigmoid: -1 / N * sum_ij log sigmoid(l_ij z_ij), l_ii = 1, l_ij = -1
 
-    Scores are computed in tiles and again in the backward pass, never stored: 8 N^2 D operations, O(N D) memory.
+    Scores are computed in tiles (InfoNCE: again in the backward pass), never stored: O(N D) memory and
+    8 N^2 D operations; 6 N^2 D for the sigmoid loss, whose gradients are made with the loss in one pass.
 
     Args:
         x, y: features `[N, D]`, N >= 1; the caller normalises them. float32, bfloat16, float16 (float64: reference).
@@ -78,8 +79,11 @@ def contrastive_loss(
     if chosen == "cpu":
         x, y = _prepared(x), _prepared(y)
     if kind == "sigmoid":
-        run = _sigmoid if chosen == "cpu" else reference.sigmoid_rows
-        loss = run(x, y, scale, bias, ids, ids_y, offset).mean()
+        if chosen == "cpu":
+            gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale, bias))
+            loss = _sigmoid(x, y, scale, bias, ids, ids_y, offset, gradients)[0]
+        else:
+            loss = reference.sigmoid_rows(x, y, scale, bias, ids, ids_y, offset).mean()
     else:
         run = _infonce if chosen == "cpu" else reference.infonce_statistics
         row, column, diagonal = run(x, y, scale, ids, ids_y, offset)
@@ -191,21 +195,28 @@ def _infonce_fake(x, y, scale, ids_x, ids_y, offset):
     return tuple(x.new_empty(size, dtype=torch.float32) for size in (n, m, n))
 
 
-def _sigmoid_cpu(x, y, scale, bias, ids_x, ids_y, offset):
-    row = torch.empty(x.shape[0], dtype=torch.float32)
-    _native.cpu().contrastive_forward(x, y, scale, bias, *_codes(ids_x, ids_y), offset, True, row, None, None)
-    return row
+def _sigmoid_cpu(x, y, scale, bias, ids_x, ids_y, offset, gradients):
+    n = x.shape[0]
+    if not gradients:
+        row = torch.empty(n, dtype=torch.float32)
+        _native.cpu().contrastive_forward(x, y, scale, bias, *_codes(ids_x, ids_y), offset, True, row, None, None)
+        return row.mean(), *(torch.empty(0) for _ in range(4))
+    loss = torch.empty(1)
+    share = torch.full((n,), 1 / n)
+    return loss.reshape(()), *_gradients(x, y, scale, bias, ids_x, ids_y, offset, None, None, [share], loss=loss)
 
 
-def _sigmoid_fake(x, y, scale, bias, ids_x, ids_y, offset):
-    return x.new_empty(x.shape[0], dtype=torch.float32)
+def _sigmoid_fake(x, y, scale, bias, ids_x, ids_y, offset, gradients):
+    number = x.new_empty((), dtype=torch.float32)
+    if not gradients:
+        return number, *(x.new_empty(0, dtype=torch.float32) for _ in range(4))
+    return number, torch.empty_like(x), torch.empty_like(y), torch.empty_like(number), torch.empty_like(number)
 
 
-def _backward_cpu(x, y, scale, bias, ids_x, ids_y, offset, row, column, grads, need_x, need_y):
+def _gradients(x, y, scale, bias, ids_x, ids_y, offset, row, column, grads, need_x=True, need_y=True, loss=None):
     dx = torch.zeros(x.shape if need_x else (0, 0), dtype=torch.float32)
     dy = torch.zeros(y.shape if need_y else (0, 0), dtype=torch.float32)
     dscale, dbias = torch.empty(1), torch.empty(1)
-    sigmoid = column is None
     grads = [g.contiguous() for g in grads] + [None, None]
     _native.cpu().contrastive_backward(
         x,
@@ -214,7 +225,7 @@ def _backward_cpu(x, y, scale, bias, ids_x, ids_y, offset, row, column, grads, n
         bias,
         *_codes(ids_x, ids_y),
         offset,
-        sigmoid,
+        column is None,
         row,
         column,
         *grads[:3],
@@ -222,21 +233,35 @@ def _backward_cpu(x, y, scale, bias, ids_x, ids_y, offset, row, column, grads, n
         dy if need_y else None,
         dscale,
         dbias,
+        loss,
     )
     return dx.to(x.dtype), dy.to(y.dtype), dscale.reshape(()), dbias.reshape(())
 
 
-def _backward_fake(x, y, scale, bias, ids_x, ids_y, offset, row, column, grads, need_x, need_y):
+def _backward_cpu(x, y, scale, ids_x, ids_y, offset, row, column, grads, need_x, need_y):
+    return _gradients(x, y, scale, None, ids_x, ids_y, offset, row, column, grads, need_x, need_y)[:3]
+
+
+def _backward_fake(x, y, scale, ids_x, ids_y, offset, row, column, grads, need_x, need_y):
     dx = torch.empty_like(x) if need_x else x.new_empty(0, 0)
     dy = torch.empty_like(y) if need_y else y.new_empty(0, 0)
-    return dx, dy, scale.new_empty(()), scale.new_empty(())
+    return dx, dy, scale.new_empty(())
 
 
 _backward = define(
-    "contrastive_backward(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? ids_x, Tensor? ids_y, int offset,"
-    " Tensor? row, Tensor? column, Tensor[] grads, bool need_x, bool need_y) -> (Tensor, Tensor, Tensor, Tensor)",
+    "contrastive_infonce_backward(Tensor x, Tensor y, Tensor scale, Tensor? ids_x, Tensor? ids_y, int offset,"
+    " Tensor row, Tensor column, Tensor[] grads, bool need_x, bool need_y) -> (Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
     fake=_backward_fake,
+    setup_context=lambda ctx, inputs, output: None,
+    backward=no_double_backward("contrastive_loss"),
+)
+
+# The inputs take part so that a second derivative is noticed.
+_sigmoid_backward_op = define(
+    "contrastive_sigmoid_backward(Tensor grad, Tensor[] inputs, Tensor[] gradients) -> Tensor[]",
+    cpu=lambda grad, inputs, gradients: [(grad * g).to(g.dtype) for g in gradients],
+    fake=lambda grad, inputs, gradients: [torch.empty_like(g) for g in gradients],
     setup_context=lambda ctx, inputs, output: None,
     backward=no_double_backward("contrastive_loss"),
 )
@@ -251,28 +276,23 @@ def _setup_infonce(ctx, inputs, output):
 def _infonce_backward(ctx, *grads):
     x, y, scale, ids_x, ids_y, row, column = ctx.saved_tensors
     need_x, need_y, need_scale, *_ = ctx.needs_input_grad
-    dx, dy, dscale, _ = _backward(x, y, scale, None, ids_x, ids_y, ctx.offset, row, column, list(grads), need_x, need_y)
+    dx, dy, dscale = _backward(x, y, scale, ids_x, ids_y, ctx.offset, row, column, list(grads), need_x, need_y)
     return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None, None
 
 
 def _setup_sigmoid(ctx, inputs, output):
-    x, y, scale, bias, ids_x, ids_y, ctx.offset = inputs
-    ctx.save_for_backward(x, y, scale, bias, ids_x, ids_y)
+    _, *gradients = output
+    ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], *gradients)
 
 
-def _sigmoid_backward(ctx, grad):
-    x, y, scale, bias, ids_x, ids_y = ctx.saved_tensors
-    need_x, need_y, need_scale, need_bias, *_ = ctx.needs_input_grad
-    dx, dy, dscale, dbias = _backward(x, y, scale, bias, ids_x, ids_y, ctx.offset, None, None, [grad], need_x, need_y)
-    return (
-        dx if need_x else None,
-        dy if need_y else None,
-        dscale if need_scale else None,
-        dbias if need_bias else None,
-        None,
-        None,
-        None,
-    )
+def _sigmoid_backward(ctx, grad, *_):
+    inputs, gradients = list(ctx.saved_tensors[:4]), list(ctx.saved_tensors[4:])
+    if grad is None:
+        return (None,) * 8
+    result = _sigmoid_backward_op(grad, inputs, gradients)
+    return *(g if need else None for g, need in zip(result, ctx.needs_input_grad)), None, None, None, None
 
 
 _infonce = define(
@@ -285,8 +305,8 @@ _infonce = define(
 )
 
 _sigmoid = define(
-    "contrastive_sigmoid(Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? ids_x, Tensor? ids_y, int offset)"
-    " -> Tensor",
+    "contrastive_sigmoid(Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? ids_x, Tensor? ids_y, int offset,"
+    " bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_sigmoid_cpu,
     fake=_sigmoid_fake,
     setup_context=_setup_sigmoid,

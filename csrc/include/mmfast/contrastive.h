@@ -27,6 +27,7 @@ struct ContrastiveParams {
   const float* grad_diagonal = nullptr;  // [n]
   float* dx = nullptr;                   // [n, dim], out, zero before the call, or null
   float* dy = nullptr;                   // [m, dim], out, zero before the call, or null
+  float* loss = nullptr;                 // [1], out, or null: sigmoid losses times their grad_row, summed
   float* dscale = nullptr;               // [1], out
   float* dbias = nullptr;                // [1], out
 };
