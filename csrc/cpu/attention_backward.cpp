@@ -12,7 +12,7 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-constexpr int kBlockRows = 96;
+constexpr int kBlockRows = 48;
 constexpr int kChunkPanels = 4;
 constexpr int kScores = kChunkPanels * kPanel;
 using BackwardMask = BlockMask<kBlockRows, kChunkPanels>;
@@ -85,7 +85,7 @@ struct Backward {
   const int head_k;
   const Buffers<Units>& w;
   const bool is_trivial;
-  const ScoreScale scale = score_scale(p);
+  const ScoreScale scale = score_scale<Units>(p);
   const int group = p.heads / p.heads_k;
   const int64_t units = p.dim / Units::kPack;
   const int64_t narrow = round_up(p.dim, kGroup);
@@ -126,7 +126,7 @@ struct Backward {
   // rowsum(dout * out) in the order of the products dout v^T, so that dp - delta is exactly 0 for a row that
   // sees one key.
   void deltas(int64_t r, int rows) {
-    Unit *out = w.queries_b, *dout = w.douts_b;
+    Unit *out = w.keys_t, *dout = w.values_t;  // not packed yet
     pack_group<Units, T>([&](int i) { return row_of(p.out, r + i); }, rows, p.dim, out, w.scratch);
     pack_group<Units, T>([&](int i) { return row_of(p.dout, r + i); }, rows, p.dim, dout, w.scratch);
     for (int j = 0; j < kGroup; j += kLanes) {
@@ -150,9 +150,11 @@ struct Backward {
       w.bounds_set[c] = 0;
       if (!is_trivial) w.summaries[c] = summarize(side_k, key + c * kPanel, key + c * kPanel + width);
       pack_transposed<Units>(Rows<T>{k.data + c * kPanel * k.stride, k.stride}, width, p.dim,
-                             w.keys_t + c * kPanel * units, w.scratch);
+                             w.keys_t + c * kPanel * units, w.scratch,
+                             Rows<T>{v.data + c * kPanel * v.stride, v.stride});
       pack_transposed<Units>(Rows<T>{v.data + c * kPanel * v.stride, v.stride}, width, p.dim,
-                             w.values_t + c * kPanel * units, w.scratch);
+                             w.values_t + c * kPanel * units, w.scratch,
+                             Rows<T>{v.data + c * kPanel * v.stride, v.stride});
     }
     pack_rows_of<Units, T>([&](int64_t i) { return k.data + i * k.stride; }, n, p.dim, kScores / Units::kPack,
                            w.keys);
@@ -184,7 +186,7 @@ struct Backward {
     pack_rows_of<Units, T>([&](int64_t i) { return row_of(p.dout, r + i); }, rows, p.dim,
                            kBlockRows / Units::kPack, w.douts_b);
     const float keep = p.dropout_p > 0 ? 1 / (1 - p.dropout_p) : 1;
-    scores(q, w.keys_t, w.p, rows, panels, scale.sign);
+    scores(q, w.keys_t, w.p, rows, panels, scale.product);
     scores(dout, w.values_t, w.ds, rows, panels, p.scale * keep);
     const bool special = p.softcap > 0 || p.dropout_p > 0;
     for (int i = 0; i < rows && exact_delta; ++i)
@@ -229,11 +231,14 @@ struct Backward {
       if (p.softcap > 0) {
         s = tanh_score(s);
         c.slope = broadcast(1.0f) - s * s;
+        s = s * broadcast(scale.cap);
       }
     }
-    vf exponent = s * broadcast(scale.log2) - broadcast(w.lse[r + i]);
-    if constexpr (Units::kPack == 1) exponent = exponent - broadcast(w.lse_low[r + i]);
-    c.x = exp2_score(exponent);
+    if constexpr (Units::kPack == 1)
+      s = s * broadcast(scale.log2) - broadcast(w.lse[r + i]) - broadcast(w.lse_low[r + i]);
+    else
+      s = s - broadcast(w.lse[r + i]);
+    c.x = exp2_score<Units::kPack == 2>(s);
     if (masked) {
       const vi seen = BackwardMask::lanes(bits, column % kPanel);
       c.x = select(seen, c.x, vf{});

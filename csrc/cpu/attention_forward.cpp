@@ -14,7 +14,6 @@ constexpr int kBlockRows = 96;                  // their scores stay in the seco
 constexpr int kChunkPanels = 4;                 // keys between two rescalings: 256
 constexpr int kScores = kChunkPanels * kPanel;  // columns of a block's scores
 constexpr int64_t kPackedBytes = 512 * 1024;    // packed keys and values of an item at a time
-constexpr int kTiles = kBlockRows / kRows;
 using ForwardMask = BlockMask<kBlockRows, kChunkPanels>;
 
 template <class Units>
@@ -52,11 +51,11 @@ struct Buffers {
   }
 };
 
-// Softcap of one row's scores: in and out in units of the cap.
-void cap_row(float* s, const Span* spans, int panels) {
+// Softcap of one row's scores, which come in units of the cap.
+void cap_row(float* s, const Span* spans, int panels, float factor) {
   for (int p = 0; p < panels; ++p)
     for (int j = p * kPanel + spans[p].begin * kGroup; j < p * kPanel + spans[p].end * kGroup; j += kLanes)
-      store(s + j, tanh_score(load(s + j)));
+      store(s + j, tanh_score(load(s + j)) * broadcast(factor));
 }
 
 // Masks one row's scores and returns their maximum.
@@ -98,12 +97,15 @@ template <class Units, bool drop>
 MMFAST_INLINE float weigh_row(float* s, const Span* spans, int panels, float scale, float maximum,
                               const Dropout& dropout) {
   auto* weights = reinterpret_cast<typename Units::Unit*>(s);
-  const vf factor = broadcast(scale), shift = broadcast(maximum);
+  [[maybe_unused]] const vf factor = broadcast(scale);
+  const vf shift = broadcast(maximum);
   vf total = {};
   for (int p = 0; p < panels; ++p) {
     const int end = p * kPanel + spans[p].end * kGroup;
     for (int j = p * kPanel + spans[p].begin * kGroup; j < end; j += kLanes) {
-      vf x = exp2_score((load(s + j) - shift) * factor);
+      vf exponent = load(s + j) - shift;
+      if constexpr (Units::kPack == 1) exponent = exponent * factor;
+      vf x = exp2_score<Units::kPack == 2>(exponent);
       total = total + x;
       if constexpr (drop) {
         const vi stays = kept(dropout.seed, dropout.head, dropout.sample, dropout.row,
@@ -125,7 +127,7 @@ struct Forward {
   const Buffers<Units>& w;
   const bool is_trivial;
   const int64_t capacity;  // keys packed at a time
-  const ScoreScale scale = score_scale(p);
+  const ScoreScale scale = score_scale<Units>(p);
   const int group = p.heads / p.heads_k;
   const int64_t units = p.dim / Units::kPack;
   const int64_t narrow = round_up(p.dim, kGroup);
@@ -165,7 +167,8 @@ struct Forward {
         if (classify(p.mask, all, w.summaries[panel]) == kSkip) continue;
       }
       pack_transposed<Units>(Rows<T>{k.data + j * k.stride, k.stride}, n, p.dim,
-                             w.keys + panel * units * kPanel, w.scratch);
+                             w.keys + panel * units * kPanel, w.scratch,
+                             Rows<T>{v.data + j * v.stride, v.stride});
       pack_rows_of<Units, T>([&](int64_t i) { return v.data + (j + i) * v.stride; }, n, p.dim,
                              capacity / Units::kPack, w.values + j / Units::kPack * kPanel);
     }
@@ -196,7 +199,7 @@ struct Forward {
                     w.summaries + first, w.bounds + first * kMaxModalities, w.bounds_set + first))
         continue;
       if (!q.data) q = queries(r, rows);
-      const Epilogue scaled{Store::set, scale.sign, nullptr};
+      const Epilogue scaled{Store::set, scale.product, nullptr};
       for (int c = 0; c < panels; ++c) {
         const Unit* panel = w.keys + (first + c) * units * kPanel;
         for (int t = 0; t * kRows < rows; ++t) {
@@ -218,7 +221,7 @@ struct Forward {
     const Span* spans = w.mask->spans[t];
     for (int i = t * kRows; i < rows && i < (t + 1) * kRows; ++i) {
       float* s = w.scores + i * kScores;
-      if (p.softcap > 0) cap_row(s, spans, panels);
+      if (p.softcap > 0) cap_row(s, spans, panels, scale.cap);
       const float before = w.maximum[r + i];
       const float highest = mask_row(s, spans, *w.mask, panels, i);
       const float maximum = highest > before ? highest : before;

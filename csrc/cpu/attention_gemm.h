@@ -170,6 +170,13 @@ MMFAST_INLINE vf load_columns(const T* row, int64_t column, int64_t dim) {
   return column + kLanes <= dim ? load(row + column) : load_tail(row + column, int(dim - column));
 }
 
+// Rows of one head lie far apart, where no hardware prefetcher follows.
+template <class T>
+MMFAST_INLINE void prefetch_row(const T* row, int64_t dim) {
+  const char* line = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < dim * int64_t(sizeof(T)); i += 64) __builtin_prefetch(line + i);
+}
+
 // One row as units, with zeros up to a whole group.
 MMFAST_INLINE void copy_row(const float* row, int64_t dim, float* out) {
   std::memcpy(out, row, dim * 4);
@@ -234,12 +241,18 @@ MMFAST_INLINE void pack_group(RowOf row_of, int n, int64_t dim, typename Units::
 }
 
 // A panel of n <= 64 rows, transposed: out[units of dim][64]. Columns up to a whole group are zero.
+// Meanwhile the same rows of `next`, which are packed afterwards, are fetched.
 template <class Units, class T>
 void pack_transposed(Rows<T> rows, int n, int64_t dim, typename Units::Unit* out,
-                     typename Units::Unit* scratch) {
-  for (int j = 0; j < n; j += kGroup)
+                     typename Units::Unit* scratch, Rows<T> next) {
+  for (int j = 0; j < n; j += kGroup) {
+    for (int i = 0; i < kGroup; ++i) {
+      prefetch_row(rows.data + (j + i + kGroup) * rows.stride, dim);
+      prefetch_row(next.data + (j + i) * next.stride, dim);
+    }
     pack_group<Units, T>([&](int i) { return rows.data + (j + i) * rows.stride; },
                          n - j < kGroup ? n - j : kGroup, dim, out + j, scratch);
+  }
 }
 
 // n rows as they are: out[ceil(dim / 64)][capacity units][64]; a unit of two rows has the second one zero at

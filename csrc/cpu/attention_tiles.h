@@ -247,18 +247,28 @@ struct BlockMask {
   }
 };
 
-// 2^x for x <= 127: exact to 2 units in the last place; 0 for -inf, NaN for NaN.
+// 2^x for x <= 127; 0 for -inf, NaN for NaN. Relative error 8e-8, or 3e-6 where the result becomes a
+// bfloat16.
+template <bool coarse>
 MMFAST_INLINE vf exp2_score(vf x) {
 #if defined(__AVX512F__)
   const __m512 v = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // the second operand where one is NaN
   const __m512 whole = _mm512_roundscale_ps(v, 8);
   const vf f = (vf)_mm512_sub_ps(v, whole);
-  vf p = broadcast(1.5353362e-4f);
-  p = p * f + broadcast(1.3398874e-3f);
-  p = p * f + broadcast(9.6184370e-3f);
-  p = p * f + broadcast(5.5503324e-2f);
-  p = p * f + broadcast(2.4022648e-1f);
-  p = p * f + broadcast(6.9314720e-1f);
+  vf p;
+  if constexpr (coarse) {
+    p = broadcast(9.5828530e-3f);
+    p = p * f + broadcast(5.5906426e-2f);
+    p = p * f + broadcast(2.4024099e-1f);
+    p = p * f + broadcast(6.9312417e-1f);
+  } else {
+    p = broadcast(1.5353362e-4f);
+    p = p * f + broadcast(1.3398874e-3f);
+    p = p * f + broadcast(9.6184370e-3f);
+    p = p * f + broadcast(5.5503324e-2f);
+    p = p * f + broadcast(2.4022648e-1f);
+    p = p * f + broadcast(6.9314720e-1f);
+  }
   p = p * f + broadcast(1.0f);
   return (vf)_mm512_scalef_ps((__m512)p, whole);
 #else
@@ -269,7 +279,7 @@ MMFAST_INLINE vf exp2_score(vf x) {
 // tanh, relative error of a few units in the last place also near 0.
 MMFAST_INLINE vf tanh_score(vf x) {
   const vf magnitude = vmin(vabs(x), broadcast(9.1f));
-  const vf e = exp2_score(magnitude * broadcast(2 * kLog2e));
+  const vf e = exp2_score<false>(magnitude * broadcast(2 * kLog2e));
   const vf large = broadcast(1.0f) - broadcast(2.0f) / (e + broadcast(1.0f));
   // Continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...))), which needs seven terms below 1.
   const vf s = magnitude * magnitude;
@@ -310,16 +320,20 @@ void zero_outside(const LayoutView& layout, const HeadsView& out, int heads, int
   zero(done, layout.total);
 }
 
-// Scores stay unscaled until the exponential takes them with a fused multiply-add: sign * |q k| there, this
-// here.
+// Float scores stay unscaled until the exponential, which keeps differences exact; for bfloat16 the product
+// already leaves them in units of log2.
 struct ScoreScale {
-  float sign;  // factor of the product: 1, -1, or 0 for a scale of 0
-  float log2;  // factor of the exponent, positive: -inf stays -inf
+  float product;  // factor of q k^T: for floats 1, -1, or 0 for a scale of 0; with a softcap scale / softcap
+  float cap;      // factor of tanh, where there is a softcap
+  float log2;     // factor of the exponent, positive, so that -inf stays -inf; 1 for bfloat16
 };
-inline ScoreScale score_scale(const AttentionParams& p) {
-  if (p.softcap > 0) return {p.scale / p.softcap, p.softcap * kLog2e};
-  const float magnitude = std::fabs(p.scale);
-  return {p.scale > 0 ? 1.0f : p.scale < 0 ? -1.0f : 0.0f, magnitude > 0 ? magnitude * kLog2e : 1.0f};
+template <class Units>
+ScoreScale score_scale(const AttentionParams& p) {
+  const bool scaled = Units::kPack == 2;
+  const float magnitude = (p.softcap > 0 ? p.softcap : std::fabs(p.scale)) * kLog2e;
+  if (p.softcap > 0) return {p.scale / p.softcap, scaled ? magnitude : 1.0f, scaled ? 1.0f : magnitude};
+  if (scaled) return {p.scale * kLog2e, 1.0f, 1.0f};
+  return {p.scale > 0 ? 1.0f : p.scale < 0 ? -1.0f : 0.0f, 1.0f, magnitude > 0 ? magnitude : 1.0f};
 }
 
 MMFAST_INLINE float sum_lanes(vf v) {
