@@ -1,0 +1,107 @@
+"""What this machine can run, and why not the rest: `mmfast info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+
+import torch
+
+import mmfast
+from mmfast import _native
+
+EXTRAS = {
+    "data": ("PIL", "fontTools", "resvg_py", "soundfile", "tqdm"),
+    "train": ("tqdm", "tensorboard"),
+    "plot": ("matplotlib",),
+}
+
+
+def collect() -> dict[str, dict[str, str]]:
+    """Sections of name -> text: versions, instruction sets, backends, threads, data sets, extras."""
+    return {
+        "versions": _versions(),
+        "machine": _machine(),
+        "backends": _backends(),
+        "data sets": _data_sets(),
+        "extras": _extras(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"mmfast": mmfast.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("numpy", "safetensors", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _machine() -> dict[str, str]:
+    lines = {"system": f"{platform.system()} {platform.machine()}", "cores": str(os.cpu_count())}
+    lines["threads"] = f"{torch.get_num_threads()} (OMP_NUM_THREADS or torch.set_num_threads change it)"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            lines[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
+    else:
+        lines["GPU"] = "none that torch can use" + ("" if torch.version.cuda else " (this torch is built for the CPU)")
+    return lines
+
+
+def _backends() -> dict[str, str]:
+    lines = {}
+    if _native.cpu_refusal is None:
+        compiled = _native.available_isas()
+        module = _native.cpu()
+        lines["cpu"] = f"runs; instruction set {module.isa()} of {', '.join(compiled)} that this machine can run"
+    else:
+        lines["cpu"] = f"refused: {_native.cpu_refusal}"
+    for name in ("triton", "cuda"):
+        if importlib.util.find_spec(f"mmfast.kernels.{name}" if _has_kernels() else f"mmfast._{name}") is None:
+            lines[name] = "refused: not in this version of mmfast"
+        elif not torch.cuda.is_available():
+            lines[name] = "refused: torch sees no GPU"
+        else:
+            lines[name] = "runs"
+    lines["reference"] = "runs everywhere (plain PyTorch, slow)"
+    if forced := os.environ.get("MMFAST_BACKEND"):
+        lines["MMFAST_BACKEND"] = f"{forced} is forced for every op"
+    return lines
+
+
+def _has_kernels() -> bool:
+    return importlib.util.find_spec("mmfast.kernels") is not None
+
+
+def _data_sets() -> dict[str, str]:
+    from mmfast.data import cache_dir, installed
+    from mmfast.data.catalog import SETS
+
+    lines = {"folder": str(cache_dir())}
+    for name, recipe in SETS.items():
+        there = installed(name) is not None
+        how = f"not installed ({recipe.megabytes:.0f} MB): mmfast data install {name}"
+        lines[name] = f"installed: {recipe.summary}" if there else how
+    return lines
+
+
+def _extras() -> dict[str, str]:
+    lines = {}
+    for extra, modules in EXTRAS.items():
+        missing = [m for m in modules if importlib.util.find_spec(m) is None]
+        lines[extra] = f"missing {', '.join(missing)}: pip install 'mmfast[{extra}]'" if missing else "complete"
+    return lines
+
+
+def show(file=None) -> None:
+    """Print every section."""
+    for section, lines in collect().items():
+        print(section, file=file or sys.stdout)
+        width = max(map(len, lines))
+        for name, text in lines.items():
+            print(f"  {name.ljust(width)}  {text}", file=file or sys.stdout)

@@ -1,0 +1,1 @@
+"""The demo: a recipe over the layers, one file per stage."""
