@@ -30,7 +30,7 @@ _LARGEST_GROUP = 20
 Sequence_ = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EmojiSet:
     """Pictures and words of all concepts.
 
@@ -58,6 +58,10 @@ class EmojiSet:
     codepoints: list[str]
     family: torch.Tensor
     split: dict[str, torch.Tensor]
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {len(rows)}" for name, rows in self.split.items())
+        return f"EmojiSet({len(self.images)} images by {', '.join(self.artists)}; concepts: {sizes})"
 
     def rows(self, artists: str | Sequence[str] | None = None, split: str | None = None) -> torch.Tensor:
         """The rows of `images` by some artists (all by default) of the concepts of one split (all by default).

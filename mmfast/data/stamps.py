@@ -34,7 +34,7 @@ _NEAR = 5  # bits of 128 by which the hashes of near-duplicates may differ
 _MAX_SECONDS = 60
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StampSet:
     """Images, captions and, where asked for, spoken captions.
 
@@ -65,6 +65,10 @@ class StampSet:
     mel: torch.Tensor
     mel_offsets: torch.Tensor
     skipped: list[str]
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {len(rows)}" for name, rows in self.split.items())
+        return f"StampSet({len(self.images)} images, {len(self.classes)} classes, {len(self.clips)} clips; {sizes})"
 
     def clip(self, index: int) -> torch.Tensor:
         """The log-mel frames of a clip, float16 [frames, 80], a view."""
