@@ -45,9 +45,9 @@ class EmojiRecipe:
     trigrams: int = 8192
     name: float = 0.70
     keywords: float = 0.18
-    together: bool = True
-    within: float = 0.5
-    candidates: float = 0.0
+    together: bool = False
+    within: float = 0.0
+    candidates: float = 1.0
     batch_size: int = 256
     augment: dict = dataclasses.field(default_factory=dict)
 
