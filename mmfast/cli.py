@@ -224,7 +224,9 @@ def _add_demo(commands) -> None:
     )
     parser.add_argument("--out", default=os.path.join(DEFAULT_OUT, "demo"), metavar="DIR", help="(default runs/demo)")
     parser.add_argument("--quick", action="store_true", help="all of it in small, in under three minutes")
-    parser.add_argument("--features", action="store_true", help="also frozen EfficientNet and MiniLM features")
+    parser.add_argument(
+        "--no-features", action="store_true", help="leave the frozen EfficientNet and MiniLM features out (101 MB)"
+    )
     parser.add_argument("--no-speed", action="store_true", help="leave the timing of the train step out")
     parser.set_defaults(run=_demo)
 
@@ -234,7 +236,7 @@ def _demo(args) -> int:
 
     from mmfast.train.demo.run import QUICK, Sizes, run_demo
 
-    sizes = dataclasses.replace(QUICK if args.quick else Sizes(), features=args.features)
+    sizes = QUICK if args.quick else dataclasses.replace(Sizes(), features=not args.no_features)
     run_demo(args.out, sizes, speed=not args.no_speed)
     return 0
 

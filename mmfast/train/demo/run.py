@@ -43,7 +43,7 @@ class Sizes:
     adversarial_steps: int = 60
     adversarial_attacks: int = 10
     longest: int = 64
-    features: bool = False
+    features: bool = True
     features_seeds: int = 5
     features_steps: int = 200
 
@@ -57,6 +57,7 @@ QUICK = Sizes(
     multitask_steps=8,
     adversarial_steps=8,
     adversarial_attacks=4,
+    features=False,
 )
 
 
