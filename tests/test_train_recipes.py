@@ -298,6 +298,23 @@ def test_a_missed_target_is_said_and_a_quick_run_is_not_judged():
     assert "reached" not in quick and "MISSED" not in quick and ">= 45" in quick
 
 
+def test_the_table_compares_with_the_quickest_peer():
+    step = {
+        "mmfast": 100.0,
+        "padded, SDPA": 170.0,
+        "padded, bmm": 140.0,
+        "4 buckets, SDPA": 110.0,
+        "loop over samples": 90,
+    }
+    figures = {"step": {name: {"wall_ms": ms} for name, ms in step.items()}}
+    text = as_text(table({"speed": {"figures": figures}}))
+    padded, buckets, loop = (line for line in text.splitlines() if "train step" in line)
+    assert "1.4 times ours" in padded and ">= 1.5x, MISSED" in padded
+    assert "1.1 times ours" in buckets and "reached" in buckets
+    assert "0.9 times ours" in loop
+    assert not table({"speed": {"missing": "no benchmark"}})
+
+
 @pytest.mark.parametrize("low,high", [(0, 1), (-3, 7.3), (0.001, 0.0013), (5, 5), (0, 12345)])
 def test_ticks_are_round_and_inside(low, high):
     ticks = charts._ticks(low, high)

@@ -1,4 +1,4 @@
-"""Stage: our train step beside the same model on padded batches, by the benchmark that everybody can run."""
+"""Stage: our train step on the stamps at native size beside the same model padded, by the benchmark for everybody."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import mmfast
-from mmfast.train.demo.run import Demo
+from mmfast.train.demo.run import Demo, Sizes
 
 BENCHMARK = Path("benchmarks") / "bench_train_step.py"
 
@@ -21,7 +21,9 @@ def run(demo: Demo) -> dict:
         return {"missing": f"{BENCHMARK} is not in this installation; it is in a checkout of the sources"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speed.json"
-        command = [sys.executable, str(script), "--json", str(path)]
+        command = [sys.executable, str(script), "--stamps", "--json", str(path)]
+        if demo.sizes.pretrain_steps < Sizes.pretrain_steps:
+            command.append("--quick")
         done = subprocess.run(command, cwd=script.parent.parent, capture_output=True, text=True, timeout=900)
         if done.returncode or not path.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -17,6 +17,7 @@ PLAIN = {
     "fgsm trained": "36.0 small CNN",
 }
 TARGET_ARTIST = 45.0
+TARGET_PADDED = 1.5
 TARGET_FUSION = 82.9
 
 
@@ -63,6 +64,8 @@ def table(results: dict[str, dict], *, verdicts: bool = True) -> list[Row]:
         rows += _multitask(results["multitask"])
     if "adversarial" in results:
         rows += _adversarial(results["adversarial"])
+    if "speed" in results and "missing" not in results["speed"]:
+        rows += _speed(results["speed"]["figures"]["step"])
     return rows if verdicts else [dataclasses.replace(row, met=None) for row in rows]
 
 
@@ -142,6 +145,20 @@ def _adversarial(result: dict) -> list[Row]:
             under = "unattacked" if name == "clean" else f"under {name}, {result['eps']}/255"
             plain = PLAIN["fgsm clean" if kind == "clean" else "fgsm trained"] if name == "FGSM" else ""
             rows.append(Row(f"stamps, {kind} fine-tuning: {under}", value, plain=plain))
+    return rows
+
+
+def _speed(step: dict[str, dict]) -> list[Row]:
+    """Time of the quickest peer of each kind over ours."""
+    rows = []
+    for what, name, target in (
+        ("padded", "padded", TARGET_PADDED),
+        ("padded in length buckets", "buckets", 1.0),
+        ("loop over samples", "loop", None),
+    ):
+        slower = min(t["wall_ms"] for peer, t in step.items() if name in peer) / step["mmfast"]["wall_ms"]
+        goal = {} if target is None else {"target": f">= {target:g}x", "met": slower >= target}
+        rows.append(Row(f"train step: plain PyTorch, {what}, takes", slower, unit=" times ours", **goal))
     return rows
 
 
