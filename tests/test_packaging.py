@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 USE_IT = (
+    # An editable installation's finder would serve this checkout's compiled module to the installed package.
+    "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')];"
     "import torch, mmfast; layout = mmfast.Layout.from_lengths([3, 0, 5]);"
     "x = torch.randn(8, 2, 8); out = mmfast.attention(x, x, x, layout); assert out.shape == x.shape;"
     "print(mmfast.__file__, 'ran')"
@@ -105,6 +107,8 @@ def test_kernels_of_one_instruction_set_share_nothing_with_another():
         listing = run("nm", "-C", "--defined-only", path, cwd=ROOT).splitlines()
         for line in listing:
             kind, name = line.split(maxsplit=2)[1:]
+            if name.startswith("DW.ref."):  # a pointer for exception tables: data, the same everywhere
+                continue
             own = name.startswith(f"mmfast::{isa}::")
             assert kind not in "WVu" or own, f"{path.name} defines the shared symbol {name}"
             assert kind != "T" or own, f"{path.name} exports {name}"
