@@ -278,6 +278,8 @@ def test_features_that_cannot_be_had_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "install", refuse)
     demo = Demo(tmp_path, TINY, stamps=tiny_stamps(), show=False)
     assert features.run(demo) == {"missing": "pip cannot fetch it"}
+    assert "missing" in demo.stage("features", "frozen features", features.run)
+    assert not (tmp_path / "features.json").exists(), "the next run must try again"
     assert table({"features": {"missing": "pip cannot fetch it"}}) == []
 
 

