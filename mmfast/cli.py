@@ -234,7 +234,8 @@ def _add_demo(commands) -> None:
 def _demo(args) -> int:
     import dataclasses
 
-    from mmfast.train.demo.run import QUICK, Sizes, run_demo
+    from mmfast.train.demo.run import run_demo
+    from mmfast.train.demo.stage import QUICK, Sizes
 
     sizes = QUICK if args.quick else dataclasses.replace(Sizes(), features=not args.no_features)
     run_demo(args.out, sizes, speed=not args.no_speed)

@@ -15,7 +15,8 @@ from mmfast.data import InstallError
 from mmfast.tasks import Classification
 from mmfast.train import CheckpointError, TrainConfig, Trainer, checkpoint
 from mmfast.train.demo import charts, features, fusion, pretrain
-from mmfast.train.demo.run import QUICK, Demo, run_demo
+from mmfast.train.demo.run import run_demo
+from mmfast.train.demo.stage import QUICK, Demo
 from mmfast.train.demo.table import as_text, table
 from mmfast.train.recipes.emoji import EmojiData, EmojiRecipe
 from mmfast.train.recipes.inputs import cut_regions, square_images

@@ -9,7 +9,7 @@ from mmfast.layout import Layout
 from mmfast.tasks import Adversarial, Batch, Classification
 from mmfast.tasks.adversarial import attack_loss, with_regions
 from mmfast.train import Trainer
-from mmfast.train.demo.run import Demo
+from mmfast.train.demo.stage import Demo
 from mmfast.train.demo.stamps import base_recipe, train_once
 from mmfast.train.recipes.inputs import normalise
 from mmfast.train.recipes.stamps import StampsData

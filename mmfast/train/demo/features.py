@@ -13,7 +13,7 @@ from mmfast.data import BatchSampler, install
 from mmfast.tasks import Batch, Classification
 from mmfast.train import Progress, TrainConfig, Trainer
 from mmfast.train.batches import SampledBatches
-from mmfast.train.demo.run import Demo, mean_and_error
+from mmfast.train.demo.stage import Demo, mean_and_error
 from mmfast.train.recipes.stamps import FUSIONS
 
 WIDTH = 256

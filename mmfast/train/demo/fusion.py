@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmfast.train.demo.run import Demo, mean_and_error
+from mmfast.train.demo.stage import Demo, mean_and_error
 from mmfast.train.demo.stamps import base_recipe, score, train_once
 from mmfast.train.recipes.stamps import MODALITIES, StampsData
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmfast.data import stamps_length_baseline
-from mmfast.train.demo.run import LANGUAGES, Demo
+from mmfast.train.demo.stage import LANGUAGES, Demo
 from mmfast.train.demo.stamps import base_recipe, score, train_once
 from mmfast.train.recipes.stamps import MODALITIES, StampsData
 

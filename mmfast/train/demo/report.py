@@ -15,7 +15,7 @@ from mmfast.nn import attention_map
 from mmfast.tasks import embed
 from mmfast.train.checkpoint import load_weights, under
 from mmfast.train.demo import charts
-from mmfast.train.demo.run import Demo, Sizes
+from mmfast.train.demo.stage import Demo, Sizes
 from mmfast.train.demo.table import COLUMNS, Row, cells
 from mmfast.train.recipes.emoji import EmojiData
 from mmfast.train.recipes.inputs import square_images

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import mmfast
-from mmfast.train.demo.run import Demo, Sizes
+from mmfast.train.demo.stage import Demo, Sizes
 
 BENCHMARK = Path("benchmarks") / "bench_train_step.py"
 

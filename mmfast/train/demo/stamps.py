@@ -6,7 +6,7 @@ import torch
 
 from mmfast.train import TrainConfig, Trainer
 from mmfast.train.demo import pretrain
-from mmfast.train.demo.run import Demo, mean_and_error
+from mmfast.train.demo.stage import Demo, mean_and_error
 from mmfast.train.recipes.stamps import StampsData, StampsRecipe
 from mmfast.train.recipes.transfer import encoders_of, start_from
 
