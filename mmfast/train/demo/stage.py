@@ -106,12 +106,7 @@ class Demo:
         """
         path = self.out / f"{name}.json"
         # A stage depends on the sizes named after it, on what the pictures are, and on where the weights come from.
-        mine = (
-            name.partition("/")[0],
-            "pretrain",
-            "longest",
-            "attack" if name.startswith("adversarial") else "longest",
-        )
+        mine = (name.partition("/")[0], "pretrain", "longest")
         sizes = {k: v for k, v in dataclasses.asdict(self.sizes).items() if k.startswith(mine)}
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
