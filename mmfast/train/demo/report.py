@@ -326,7 +326,7 @@ def _speed(result: dict) -> str:
         return f"<h2>Speed</h2><p>Not run: {html.escape(result['missing'])}.</p>"
     figures = result["figures"]
     ours = figures["step"]["mmfast"]["wall_ms"]
-    lines = ["<tr><th>step</th><th>median, ms</th><th>times ours</th></tr>"]
+    lines = ["<tr><th>step</th><th class='n'>median, ms</th><th class='n'>times ours</th></tr>"]
     for name, t in figures["step"].items():
         numbers = "".join(f'<td class="n">{x}</td>' for x in (f"{t['wall_ms']:.0f}", f"{t['wall_ms'] / ours:.2f}"))
         lines.append(f"<tr><td>{html.escape(name)}</td>{numbers}</tr>")
