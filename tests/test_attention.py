@@ -10,8 +10,8 @@ import torch
 import mmfast
 from mmfast import Layout, ModalityMask
 from mmfast._native import available_isas, cpu_refusal, use_isa
+from mmfast.nn import attention_map
 from mmfast.ops import attention as op
-from mmfast.ops.attention import attention_weights
 from mmfast.reference.attention import dropout_keep
 from mmfast.testing import shapes
 from mmfast.testing.numeric import EDGE_LENGTHS, assert_close_to_oracle, poisoned_empty
@@ -342,15 +342,15 @@ def test_double_backward_of_the_kernels_raises():
         dq.sum().backward()
 
 
-def test_attention_weights():
+def test_recomputed_weights_give_the_output():
     load = shapes.early_fusion(3, 4, 16)
     q, k, v, _ = load.tensors(torch.float32)
     out = mmfast.attention(q, k, v, load.layout_q, None, load.mask)
     rows = slice(*load.layout_q.cu_seqlens[1:3].tolist())
-    weights = attention_weights(q, k, load.layout_q, None, load.mask, sample=1, heads=[2, 0])
+    weights = attention_map((q, k), load.layout_q, None, load.mask, samples=[1], heads=[2, 0])[0].weights
     torch.testing.assert_close((weights @ v[rows].transpose(0, 1)[[2, 0]]).transpose(0, 1), out[rows][:, [2, 0]])
-    with pytest.raises(ValueError, match="sample is 3"):
-        attention_weights(q, k, load.layout_q, None, load.mask, sample=3)
+    with pytest.raises(IndexError, match="sample 3"):
+        attention_map((q, k), load.layout_q, None, load.mask, samples=[3])
 
 
 # PyTorch around it

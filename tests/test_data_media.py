@@ -12,7 +12,7 @@ import torch
 
 from mmfast.data.audio import hertz_to_mel, log_mel, mel_filters, mel_to_hertz, resample
 from mmfast.data.baselines import length_only, recall_from_scores
-from mmfast.data.image import augment, patch_positions, patchify
+from mmfast.data.image import augment
 
 
 def numpy_log_mel(x):
@@ -69,28 +69,6 @@ def test_resample_keeps_a_tone_and_drops_what_would_alias(rate):
     assert (got - tone(440, 16_000))[500:-500].abs().max() < 2e-3
     if rate > 20_000:
         assert resample(tone(9_000, rate), rate)[500:-500].abs().max() < 2e-3
-
-
-def test_patch_positions_and_patchify_equal_a_loop():
-    g = torch.Generator().manual_seed(0)
-    images = [torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8) for h, w in [(8, 8), (5, 17), (1, 1)]]
-    patches, positions, lengths = patchify(images, 8)
-    assert lengths.tolist() == [1, 3, 1] and positions.dtype == lengths.dtype == torch.int32
-    row = 0
-    for image in images:
-        _, h, w = image.shape
-        for y in range(0, h, 8):
-            for x in range(0, w, 8):
-                expected = torch.full((3, 8, 8), 255, dtype=torch.uint8)
-                part = image[:, y : y + 8, x : x + 8]
-                expected[:, : part.shape[1], : part.shape[2]] = part
-                assert positions[row].tolist() == [y // 8, x // 8]
-                assert patches[row].equal(expected.flatten())
-                row += 1
-    assert row == len(patches)
-    assert patchify([], 8)[0].shape == (0, 192)
-    with pytest.raises(ValueError, match="expected \\[B, 2\\]"):
-        patch_positions(torch.zeros(3), 8)
 
 
 def test_augment_without_strength_is_the_image():

@@ -24,7 +24,6 @@ from mmfast.tasks import (
     ranks,
     recall,
     retrieval,
-    supervised_contrastive,
 )
 from mmfast.tasks.adversarial import with_regions
 
@@ -100,31 +99,6 @@ def test_contrastive_is_infonce_without_negatives_of_the_same_id(ids):
     assert figures["scale"].item() == pytest.approx(math.exp(2.0))
     loss.backward()
     assert model.logit_scale.grad is not None
-
-
-def test_within_adds_the_supervised_contrastive_loss():
-    model, b = ToyModel(dropout=0), batch(ids=torch.tensor([0, 1, 2, 0, 1, 5, 6, 0]))
-    plain, _ = Contrastive().loss(model, b)
-    both, figures = Contrastive(within=0.5).loss(model, b)
-    assert both.item() == pytest.approx(plain.item() + 0.5 * figures["within"].item(), rel=1e-5)
-
-
-def test_supervised_contrastive_is_its_formula():
-    g = torch.Generator().manual_seed(0)
-    x = F.normalize(torch.randn(6, 3, generator=g, dtype=torch.float64), dim=1)
-    ids = torch.tensor([0, 0, 1, 2, 1, 0])
-    terms = []
-    for i in range(6):
-        partners = [p for p in range(6) if p != i and ids[p] == ids[i]]
-        if partners:
-            total = sum(math.exp(4 * float(x[i] @ x[a])) for a in range(6) if a != i)
-            terms.append(-sum(4 * float(x[i] @ x[p]) - math.log(total) for p in partners) / len(partners))
-    assert supervised_contrastive(x, ids, 4.0).item() == pytest.approx(sum(terms) / len(terms))
-    alone = torch.arange(6)
-    x.requires_grad_(True)
-    zero = supervised_contrastive(x, alone, 4.0)
-    zero.backward()
-    assert zero.item() == 0 and torch.isfinite(x.grad).all()
 
 
 def test_contrastive_needs_ids():

@@ -92,12 +92,6 @@ def test_batches_follow_from_seed_and_number():
     assert not torch.equal(other.ids, a.ids)
 
 
-def test_batches_of_whole_concepts_hold_all_training_artists():
-    data = EmojiData(tiny_emoji(), dataclasses.replace(SMALL, together=True, within=0.5))
-    ids, counts = next(data.train_batches()).ids.unique(return_counts=True)
-    assert len(ids) == 4 and counts.tolist() == [3, 3, 3, 3]
-
-
 def test_candidates_are_the_training_names_only():
     batch = next(EmojiData(tiny_emoji(), SMALL).train_batches())
     assert batch.candidate_ids.tolist() == list(range(16)) and batch.candidates.batch == 16

@@ -3,7 +3,7 @@
 from .audio import log_mel
 from .baselines import length_only, recall_from_scores, stamps_length_baseline
 from .emoji import EmojiSet, emoji_names, load_emoji
-from .image import augment, patch_positions, patchify
+from .image import augment
 from .install import InstallError, cache_dir, install, installed
 from .sampler import BatchSampler
 from .stamps import StampSet, load_stamps
@@ -27,8 +27,6 @@ __all__ = [
     "load_emoji",
     "load_stamps",
     "log_mel",
-    "patch_positions",
-    "patchify",
     "recall_from_scores",
     "stamps_length_baseline",
     "take_ragged",

@@ -1,58 +1,13 @@
-"""Images to ragged patches, and augmentation of batches of equal size; uint8 in, plain PyTorch, seeded."""
+"""Augmentation of batches of equal size; uint8 in, plain PyTorch, seeded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-
-
-def patch_positions(shapes: torch.Tensor, patch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of every patch of a batch of images of different size, images one after the other, row by row.
-
-    Args:
-        shapes: integer [B, 2], height and width of each image in pixels; a part of a patch at the edge counts as one.
-        patch: side of a patch in pixels.
-
-    Returns:
-        positions int32 [sum of lengths, 2] and lengths int32 [B], patches of each image.
-    """
-    if shapes.ndim != 2 or shapes.shape[1] != 2 or patch < 1:
-        raise ValueError(
-            f"patch_positions: shapes is {list(shapes.shape)}, patch {patch}; expected [B, 2] and 1 or more"
-        )
-    grid = (shapes.long() + patch - 1) // patch
-    lengths = grid[:, 0] * grid[:, 1]
-    columns = torch.repeat_interleave(grid[:, 1], lengths)
-    begin = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    index = torch.arange(len(columns), device=shapes.device) - begin
-    positions = torch.stack([index.div(columns, rounding_mode="floor"), index % columns], dim=1)
-    return positions.int(), lengths.int()
-
-
-def patchify(images: Sequence[torch.Tensor], patch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cut images of different size into patches without resizing; edges are filled up with white.
-
-    Args:
-        images: uint8 tensors [3, h, w].
-        patch: side of a patch in pixels.
-
-    Returns:
-        patches uint8 [P, 3 * patch * patch] (channel, row, column), positions int32 [P, 2], lengths int32 [B].
-    """
-    shapes = torch.tensor([image.shape[1:] for image in images], dtype=torch.int64).view(-1, 2)
-    positions, lengths = patch_positions(shapes, patch)
-    parts = [torch.empty(0, 3 * patch * patch, dtype=torch.uint8)]
-    for image in images:
-        height, width = image.shape[1:]
-        image = F.pad(image, (0, -width % patch, 0, -height % patch), value=255)
-        cut = image.unfold(1, patch, patch).unfold(2, patch, patch)  # [3, rows, columns, patch, patch]
-        parts.append(cut.permute(1, 2, 0, 3, 4).reshape(-1, 3 * patch * patch))
-    return torch.cat(parts), positions, lengths
 
 
 def augment(

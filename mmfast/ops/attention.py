@@ -14,7 +14,6 @@ from mmfast.layout import Layout
 from mmfast.mask import ModalityMask
 from mmfast.ops import _dispatch, _library
 from mmfast.reference import attention as _reference
-from mmfast.reference.attention import attention_weights
 
 _FULL = ModalityMask.full()
 _FIELDS = ("cu_seqlens", "seqused", "modality", "time", "start")
@@ -239,5 +238,3 @@ _attention = _library.define(
     setup_context=_setup_context,
     backward=_autograd,
 )
-
-__all__ = ["attention", "attention_weights"]

@@ -49,37 +49,6 @@ def attention(
     return out, lse
 
 
-def attention_weights(
-    q: Tensor,
-    k: Tensor,
-    layout_q: Layout,
-    layout_k: Layout | None = None,
-    mask: ModalityMask | None = None,
-    *,
-    sample: int,
-    heads: Sequence[int] | None = None,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-) -> Tensor:
-    """The softmax weights of one sample, recomputed: for looking at them.
-
-    Args:
-        q, k, layout_q, layout_k, mask, softmax_scale, softcap: as `mmfast.attention`.
-        sample: number of the sample.
-        heads: query heads; None: all.
-
-    Returns:
-        `[heads, Lq, Lk]`, dtype of q; rows that see nothing are zero. Differentiable.
-    """
-    layout_k = layout_q if layout_k is None else layout_k
-    mask = ModalityMask.full() if mask is None else mask
-    if not 0 <= sample < layout_q.batch:
-        raise ValueError(f"attention_weights: sample is {sample}; the layout has {layout_q.batch} samples")
-    heads = range(q.shape[1]) if heads is None else heads
-    rows_q, rows_k = _rows(layout_q, sample), _rows(layout_k, sample)
-    return _weights(q, k, layout_q, layout_k, mask, sample, rows_q, rows_k, heads, softmax_scale, softcap)[0]
-
-
 def dropout_keep(
     seed: Tensor, p: float, sample: int, heads: Sequence[int], rows_q: int, rows_k: int, first_row: int = 0
 ) -> Tensor:

@@ -3,7 +3,7 @@
 from mmfast.tasks.adversarial import Adversarial
 from mmfast.tasks.batch import Batch
 from mmfast.tasks.classification import Classification
-from mmfast.tasks.contrastive import Contrastive, supervised_contrastive
+from mmfast.tasks.contrastive import Contrastive
 from mmfast.tasks.multitask import MultiTask
 from mmfast.tasks.retrieval import chance, embed, ranks, recall, retrieval
 
@@ -18,5 +18,4 @@ __all__ = [
     "ranks",
     "recall",
     "retrieval",
-    "supervised_contrastive",
 ]

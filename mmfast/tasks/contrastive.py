@@ -19,9 +19,6 @@ class Contrastive:
     Args:
         first, second: the two modalities.
         kind: "infonce" (Radford et al. 2021, CLIP) or "sigmoid" (Zhai et al. 2023, SigLIP; needs `model.logit_bias`).
-        within: weight of the supervised contrastive loss inside the first modality (samples of one id attract: two
-            artists of one concept); 0 leaves it out.
-        within_scale: its scale (1 / temperature); None: that of the model.
         candidates: weight of the cross-entropy of the first modality against `batch.candidates`; 0 leaves it out.
 
     Samples that lack one of the two modalities are left out.
@@ -36,14 +33,12 @@ class Contrastive:
         second: str = "text",
         *,
         kind: str = "infonce",
-        within: float = 0.0,
-        within_scale: float | None = None,
         candidates: float = 0.0,
     ):
         if kind not in ("infonce", "sigmoid"):
             raise ValueError(f"Contrastive: kind is {kind!r}, expected 'infonce' or 'sigmoid'")
         self.first, self.second, self.kind = first, second, kind
-        self.within, self.within_scale, self.candidates = within, within_scale, candidates
+        self.candidates = candidates
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict]:
         """The batch's loss and figures."""
@@ -63,10 +58,6 @@ class Contrastive:
                 return 0 * (x.sum() + y.sum() + scale), {"contrastive": x.new_zeros(())}
             loss = mmfast.contrastive_loss(x, y, scale=scale, kind=self.kind, bias=bias, ids=ids)
             figures = {"contrastive": loss.detach(), "scale": scale.detach()}
-            if self.within:
-                inside = supervised_contrastive(x, ids, self.within_scale or scale)
-                figures["within"] = inside.detach()
-                loss = loss + self.within * inside
             if self.candidates:
                 named = self._among_candidates(model.project(self.second, names.float()), batch, x, ids, scale)
                 figures["candidates"] = named.detach()
@@ -103,21 +94,3 @@ class Contrastive:
         x, x_ids = embed(model, first, self.first)
         y, y_ids = embed(model, first if second is None else second, self.second)
         return retrieval(x, y, x_ids, y_ids, (self.first, self.second))
-
-
-def supervised_contrastive(x: Tensor, ids: Tensor, scale: float | Tensor) -> Tensor:
-    """Mean over samples i that have a partner of `-mean_{p in P(i)} log softmax_{a != i}(scale x_i x_a)_p`.
-
-    P(i) are the other samples with the id of i. Zero where no sample has a partner.
-
-    Args:
-        x: unit vectors `[N, D]`. ids: int64 `[N]`. scale: 1 / temperature.
-
-    Source: Khosla et al. 2020, "Supervised Contrastive Learning", equation 2.
-    """
-    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    logits = (scale * (x @ x.T)).masked_fill(itself, -torch.inf)
-    partner = (ids[:, None] == ids[None, :]) & ~itself
-    count = partner.sum(1)
-    each = -F.log_softmax(logits, 1).masked_fill(~partner, 0).sum(1) / count.clamp(min=1)
-    return each.sum() / (count > 0).sum().clamp(min=1)

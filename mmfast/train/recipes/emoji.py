@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mmfast.data import BatchSampler, EmojiSet, WordTokens, WordTrigramTokenizer, augment, take_ragged
+from mmfast.data import BatchSampler, EmojiSet, WordTokens, WordTrigramTokenizer, augment
 from mmfast.models import ImageEncoder, MultimodalModel, TextEncoder
 from mmfast.tasks import Batch, Contrastive, embed, retrieval
 from mmfast.train.batches import SampledBatches
@@ -27,8 +27,6 @@ class EmojiRecipe:
         image_depth, text_depth: transformer layers.
         words, trigrams: rows of the text embedding.
         name, keywords: shares of the texts that are the name and the keywords; the rest is both.
-        together: a batch holds all training artists' pictures of its concepts, instead of random pictures.
-        within: weight of the contrastive loss between pictures of one concept by two artists.
         candidates: weight of the loss of a picture against the names of all training concepts.
         batch_size: pictures per step.
         augment: strengths of `mmfast.data.augment`.
@@ -45,8 +43,6 @@ class EmojiRecipe:
     trigrams: int = 8192
     name: float = 0.70
     keywords: float = 0.18
-    together: bool = False
-    within: float = 0.0
     candidates: float = 1.0
     batch_size: int = 256
     augment: dict = dataclasses.field(default_factory=dict)
@@ -67,7 +63,7 @@ class EmojiRecipe:
         return WordTrigramTokenizer(words=self.words, trigrams=self.trigrams, max_words=24)
 
     def task(self) -> Contrastive:
-        return Contrastive("image", "text", within=self.within, candidates=self.candidates)
+        return Contrastive("image", "text", candidates=self.candidates)
 
 
 class EmojiData:
@@ -94,13 +90,7 @@ class EmojiData:
         # Concepts of one name are one thing for the losses and for retrieval.
         first: dict[str, int] = {}
         self.ids = torch.tensor([first.setdefault(name, i) for i, name in enumerate(emoji.names)])
-        rows = emoji.rows(self.seen_artists, "train")
-        # What the sampler draws: concepts with all their pictures, or single pictures.
-        self.train_rows = rows[emoji.concept[rows].argsort(stable=True)] if recipe.together else rows
-        if recipe.together:
-            self.drawn = torch.unique_consecutive(emoji.concept[self.train_rows], return_counts=True)[1]
-        else:
-            self.drawn = torch.ones(len(rows), dtype=torch.int64)
+        self.train_rows = emoji.rows(self.seen_artists, "train")
         self.names = self._unique(emoji.split["train"])
 
     def _unique(self, concepts: Tensor) -> Tensor:
@@ -110,14 +100,14 @@ class EmojiData:
 
     def train_batches(self, seed: int = 0) -> SampledBatches:
         """Endless augmented batches of the training artists and concepts."""
-        size = self.recipe.batch_size // (len(self.seen_artists) if self.recipe.together else 1)
-        size = max(1, min(size, len(self.drawn)))
-        sampler = BatchSampler(self.drawn, batch_size=size, seed=seed, drop_last=True)
+        count = len(self.train_rows)
+        size = min(self.recipe.batch_size, count)
+        sampler = BatchSampler([1] * count, batch_size=size, seed=seed, drop_last=True)
         return SampledBatches(sampler, self._collate, seed)
 
     def _collate(self, indices: list[int], generator: torch.Generator) -> Batch:
         recipe = self.recipe
-        rows, _ = take_ragged(self.train_rows, self.drawn, torch.tensor(indices))
+        rows = self.train_rows[torch.tensor(indices)]
         concept = self.emoji.concept[rows]
         pixels = augment(self.emoji.images[rows], generator=generator, **recipe.augment)
         draw = torch.rand(len(rows), generator=generator)
