@@ -3,8 +3,8 @@
 `mmfast._cpu` is built from `csrc/bindings` (pybind11, compiled once) and `csrc/cpu/<op>.cpp`, compiled once per
 instruction set and chosen at run time. Without a C++ compiler the package still installs, with the reference backend.
 
-Environment: MMFAST_BUILD_CPU=0 skips the module; MMFAST_CXXFLAGS adds compiler flags (sanitizers); CXX names the
-compiler; MAX_JOBS bounds the parallel jobs.
+Environment: MMFAST_BUILD_CPU=0 skips the module; MMFAST_PORTABLE=1 compiles the portable instruction set only, which is
+quicker; MMFAST_CXXFLAGS adds compiler flags (sanitizers); CXX names the compiler; MAX_JOBS bounds the parallel jobs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ CXXFLAGS = [
 
 def isas() -> dict[str, list[str]]:
     """Instruction sets to compile for, with their flags; other machines than x86-64 get the portable build only."""
-    return X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"scalar": []}
+    portable = os.environ.get("MMFAST_PORTABLE", "0") == "1"
+    return X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") and not portable else {"scalar": []}
 
 
 def find_compiler() -> str | None:

@@ -275,6 +275,27 @@ def test_nan_outside_the_layout_changes_no_bit(dtype, isa):
     assert bool((lse[:, outside_q] == -torch.inf).all())
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_sample(value, dtype, isa):
+    layout, other = Layout.from_lengths([40, 70, 9]), Layout.from_lengths([30, 100, 65])
+    tensors = inputs(layout, other, dtype=dtype)
+    dirty = [x.clone() for x in tensors]
+    rows = [(slice(40, 110), slice(110, 119)), (slice(30, 130), slice(130, 195))]
+    for x, side in zip(dirty, (0, 1, 1, 0)):
+        x[rows[side][0]] = value
+    mask = ModalityMask.full(window=(20, 20))
+    with use_isa(isa):
+        clean, spoiled = results(tensors, layout, other, mask), results(dirty, layout, other, mask)
+    for name, a, b, side in zip(NAMES, clean, spoiled, (0, 0, 0, 1, 1)):
+        if name == "lse":
+            a, b = a.T, b.T
+        assert not b[rows[side][0]].isfinite().all(), name
+        first = slice(0, rows[side][0].start)
+        assert torch.equal(a[first], b[first]) and torch.equal(a[rows[side][1]], b[rows[side][1]]), name
+
+
 # Determinism
 
 

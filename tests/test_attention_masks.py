@@ -150,6 +150,16 @@ def test_random_tables(seed):
     check(inputs(layout, heads=2, dim=16, seed=seed), layout, None, mask)
 
 
+@pytest.mark.parametrize("rule", [Rule.SAME, Rule.CAUSAL, Rule.PAST])
+@pytest.mark.parametrize("length", [48, 64, 65, 96, 97, 128, 129])
+def test_the_last_row_counts_in_the_summary_of_its_tile(length, rule):
+    layout = Layout.from_lengths([length] * 4)
+    last = (torch.arange(length) == length - 1).repeat(4)
+    for time in (last, ~last):
+        timed = dataclasses.replace(layout, time=time.to(torch.int32))
+        check(inputs(timed, heads=4, dim=32), timed, None, ModalityMask(default=rule))
+
+
 def test_rows_that_see_nothing():
     layout, _, mask = MASKS["flamingo in place"]()
     blind = ~mask.visible(layout).any(1)

@@ -4,8 +4,7 @@
 #include <cmath>
 
 #include "cpu/isa.h"
-#include "cpu/simd.h"
-#include "mmfast/rng.h"
+#include "cpu/philox.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {
@@ -436,21 +435,11 @@ constexpr int kBatch = 4 * kLanes;  // numbers made at a time: one vector of cou
 // kBatch numbers from element 4 * block of a sample on.
 template <bool kGaussian>
 MMFAST_INLINE void numbers(uint64_t seed, int64_t block, uint32_t sample, uint32_t stream, float* out) {
-  uint32_t words[4][kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    const uint64_t counter = uint64_t(block + i);
-    const Philox4 r = philox(seed, uint32_t(counter), sample, stream, uint32_t(counter >> 32));
-    words[0][i] = r.x;
-    words[1][i] = r.y;
-    words[2][i] = r.z;
-    words[3][i] = r.w;
-  }
-  vf u[4];
-  for (int w = 0; w < 4; ++w) {
-    vi bits;
-    std::memcpy(&bits, words[w], sizeof bits);
-    u[w] = __builtin_convertvector((vi)((vu)bits >> 8), vf) * splat(0x1p-24f);
-  }
+  const vu zero = {}, low = lane_numbers() + uint32_t(block);
+  const vu carry = (vu)(low < uint32_t(block));  // all ones: minus one
+  const PhiloxLanes r =
+      philox_lanes(seed, low, zero + sample, zero + stream, uint32_t(uint64_t(block) >> 32) - carry);
+  vf u[4] = {uniform_lanes(r.x), uniform_lanes(r.y), uniform_lanes(r.z), uniform_lanes(r.w)};
   if constexpr (kGaussian) {
     for (int w = 0; w < 4; w += 2) {
       const vf radius = square_root(splat(-2.0f) * log_unit(u[w] + splat(0x1p-24f)));

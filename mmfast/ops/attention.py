@@ -37,7 +37,9 @@ def attention(
     """Attention of packed queries onto packed keys; each sample sees itself only, and of itself what the mask shows.
 
     Order: scale, softcap `softcap * tanh(s / softcap)`, rule, softmax, dropout. A row that sees nothing gives zeros
-    and zero gradients. Rows outside the layout are never read; output and gradients are zero there.
+    and zero gradients. Rows outside the layout are never read; output and gradients are zero there. A NaN or infinity
+    inside the layout stays within its sample, but may reach rows of it that do not see it: hidden cells of a mixed tile
+    get weight 0, and 0 * NaN is NaN.
 
     Args:
         q: `[Tq, H, D]`; D a multiple of 8 up to 256. float32, bfloat16, float16 or float64 (reference only).

@@ -1,0 +1,139 @@
+"""Mutants of the compiled kernels: small wrong versions of the C++ sources, which the tests of each op must notice.
+
+    python tests/mutants.py [op ...]
+
+All mutants are compiled into one module and chosen at run time by a number (mutant schemata: Untch, Offutt, Harrold,
+Mutation analysis using mutant schemata, ISSTA 1993). mutants.txt lists them; the piece of source that each quotes must
+occur once in its file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TESTS = {
+    "attention": ("test_attention_masks.py", "test_attention.py"),
+    "rotary": ("test_rotary.py",),
+    "packing": ("test_packing.py",),
+    "perturbation": ("test_perturbation.py",),
+    "contrastive": ("test_contrastive.py",),
+}
+
+_SPOT = re.compile(r"\{\{(.*?) => (.*?)\}\}", re.DOTALL)
+
+
+def read_mutants() -> list[tuple[str, str, str, str]]:
+    """(op whose tests must notice, file below csrc, what is wrong, source with `{{right => wrong}}`) of each mutant."""
+    mutants = []
+    op = file = ""
+    for line in (Path(__file__).parent / "mutants.txt").read_text().splitlines():
+        if line.startswith("== "):
+            op, file = line[3:].split(": ")
+        elif line.startswith("    "):
+            *head, piece = mutants[-1]
+            mutants[-1] = (*head, f"{piece}\n{line[4:]}" if piece else line[4:])
+        elif line and not line.startswith("#"):
+            mutants.append((op, file, line, ""))
+    return mutants
+
+
+MUTANTS = read_mutants()
+
+
+def instrument(sources: Path) -> None:
+    """Rewrites the copy of csrc at `sources`: each spot of mutant i becomes `mmfast_mutant == i ? wrong : right`."""
+    texts: dict[str, str] = {}
+    for number, (_, name, what, piece) in enumerate(MUTANTS, start=1):
+        text = texts.setdefault(name, (sources / name).read_text())
+        right = _SPOT.sub(lambda spot: spot[1], piece)
+        if text.count(right) != 1:
+            raise ValueError(f"mutants: {name}, {what}: the source has {text.count(right)} times, expected 1: {right}")
+        choice = _SPOT.sub(lambda spot, n=number: f"(mmfast_mutant == {n} ? ({spot[2]}) : ({spot[1]}))", piece)
+        texts[name] = text.replace(right, choice)
+    for name, text in texts.items():
+        (sources / name).write_text(text)
+    (sources / "mutant.h").write_text("extern int mmfast_mutant;\n")
+    (sources / "bindings/mutant.cpp").write_text(
+        "int mmfast_mutant = 0;\n"
+        'extern "C" __attribute__((visibility("default"))) void mmfast_set_mutant(int i) { mmfast_mutant = i; }\n'
+    )
+
+
+def build(folder: Path) -> Path:
+    """Builds the package with all mutants, for the portable instruction set only; returns what to put on the path."""
+    tree = folder / "tree"
+    for name in ("csrc", "mmfast", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "_cpu*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    instrument(tree / "csrc")
+    environment = {
+        **os.environ,
+        "MMFAST_PORTABLE": "1",
+        "MMFAST_CXXFLAGS": f"-O1 -Wno-parentheses -include {tree / 'csrc/mutant.h'}",
+    }
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=tree, env=environment, check=True)
+    return tree
+
+
+def verdicts(tree: Path, ops: list[str]) -> dict[str, str]:
+    """Runs the tests under every mutant of `ops`: its name -> the first test that failed, "" where none did."""
+    command = [sys.executable, str(tree / "tests/mutants.py"), "--run", *ops]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise RuntimeError(f"mutants: the run failed\n{done.stdout[-4000:]}")
+    return json.loads(lines[-1])
+
+
+class _FirstFailure:
+    name = ""
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and not self.name:
+            self.name = report.nodeid
+
+
+def _run(ops: list[str]) -> None:
+    import pytest
+
+    from mmfast import _native
+
+    library = ctypes.CDLL(_native.cpu().__file__)
+    options = ["-x", "-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-m", "not slow"]
+    found = {}
+    for op in ops:
+        files = [f"tests/{name}" for name in TESTS[op]]
+        chosen = [(0, "unchanged")] + [(i, m[2]) for i, m in enumerate(MUTANTS, start=1) if m[0] == op]
+        for number, what in chosen:
+            library.mmfast_set_mutant(number)
+            first = _FirstFailure()
+            pytest.main([*options, *files], plugins=[first])
+            found[f"{op}: {what}"] = first.name
+            print(f"{op}: {what}: {first.name or 'survived'}", file=sys.stderr, flush=True)
+    print("\n" + json.dumps(found))
+
+
+def main(arguments: list[str]) -> None:
+    import tempfile
+
+    if arguments[:1] == ["--run"]:
+        return _run(arguments[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        for name, test in verdicts(build(Path(folder)), arguments or list(TESTS)).items():
+            print(f"{name:60} {test or 'SURVIVED'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
