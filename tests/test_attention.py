@@ -163,7 +163,9 @@ def test_large_scores_do_not_overflow():
 def test_dropout_is_the_reference_s(dtype, isa):
     layout, other = Layout.from_lengths([17, 40]), Layout.from_lengths([70, 300])
     seed = torch.tensor([-(2**40) + 12345])
-    check(inputs(layout, other, 4, 2, dtype=dtype), layout, other, dropout_p=0.3, dropout_seed=seed, isa=isa)
+    for mask in (None, ModalityMask.full(window=(30, 90))):
+        tensors = inputs(layout, other, 4, 2, dtype=dtype)
+        check(tensors, layout, other, mask, dropout_p=0.3, dropout_seed=seed, isa=isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)

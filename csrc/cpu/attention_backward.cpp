@@ -215,13 +215,20 @@ struct Backward {
       }
   }
 
+  // Which keys of the panel at `key` dropout leaves to a virtual row.
+  uint64_t kept_of(int64_t row, int64_t key) const {
+    if (p.dropout_p == 0) return 0;
+    return kept(p.seed, uint32_t(head_k * group + row % group), uint32_t(item.sample), uint32_t(row / group),
+                uint32_t(key), p.dropout_p);
+  }
+
   // p as softmax left it, p after dropout and dp of kLanes cells of one row, and the slope of the softcap.
   struct Cell {
     vf x, weight, dp, slope;
   };
   template <bool special>
-  inline __attribute__((always_inline)) Cell cell(int64_t r, int i, int64_t key, int column, bool masked,
-                                                  uint64_t bits) {
+  inline __attribute__((always_inline)) Cell cell(int64_t r, int i, int column, bool masked, uint64_t bits,
+                                                  uint64_t kept_bits) {
     const int64_t at = int64_t(i) * kScores + column;
     vf s = load(w.p + at);
     Cell c;
@@ -240,16 +247,14 @@ struct Backward {
       s = s - broadcast(w.lse[r + i]);
     c.x = exp2_score<Units::kPack == 2>(s);
     if (masked) {
-      const vi seen = BackwardMask::lanes(bits, column % kPanel);
+      const vi seen = lanes_of(bits, column % kPanel);
       c.x = select(seen, c.x, vf{});
       c.dp = select(seen, c.dp, vf{});  // a hidden key may hold anything
     }
     c.weight = c.x;
     if constexpr (special) {
       if (p.dropout_p > 0) {
-        const int64_t row = r + i;
-        const vi stays = kept(p.seed, uint32_t(head_k * group + row % group), uint32_t(item.sample),
-                              uint32_t(row / group), uint32_t(key + column), p.dropout_p);
+        const vi stays = lanes_of(kept_bits, column % kPanel);
         c.dp = select(stays, c.dp, vf{});
         c.weight = select(stays, c.x * broadcast(1.0f / (1.0f - p.dropout_p)), vf{});
       }
@@ -258,9 +263,9 @@ struct Backward {
   }
 
   template <bool special>
-  inline __attribute__((always_inline)) void gradient(int64_t r, int i, int64_t key, int column, bool masked,
-                                                      uint64_t bits, vf& weight, vf& ds) {
-    const Cell c = cell<special>(r, i, key, column, masked, bits);
+  inline __attribute__((always_inline)) void gradient(int64_t r, int i, int column, bool masked,
+                                                      uint64_t bits, uint64_t kept_bits, vf& weight, vf& ds) {
+    const Cell c = cell<special>(r, i, column, masked, bits, kept_bits);
     weight = c.weight;
     ds = c.x * (c.dp - broadcast(w.delta[r + i]));
     if constexpr (special) ds = ds * c.slope;
@@ -273,8 +278,9 @@ struct Backward {
     vf sum = {};
     for (int c = 0; c < panels; ++c) {
       const bool masked = !spans[c].full;
+      const uint64_t stays = special ? kept_of(r + i, key + c * kPanel) : 0;
       for (int j = spans[c].begin * kGroup; j < spans[c].end * kGroup; j += kLanes) {
-        const Cell x = cell<special>(r, i, key, c * kPanel + j, masked, masked ? w.mask->bits[c][i] : 0);
+        const Cell x = cell<special>(r, i, c * kPanel + j, masked, masked ? w.mask->bits[c][i] : 0, stays);
         sum = sum + x.x * (x.dp - delta);
       }
     }
@@ -292,13 +298,16 @@ struct Backward {
       if (mask.kinds[c] == kSkip) continue;
       const int begin = spans[c].begin * kGroup, end = spans[c].end * kGroup;
       const bool masked = !spans[c].full;
+      const bool any = special && begin < end;
+      const uint64_t stays[2] = {any ? kept_of(r + i, key + c * kPanel) : 0,
+                                 any && both ? kept_of(r + i + 1, key + c * kPanel) : 0};
       for (int j = 0; j < kPanel; j += kLanes) {
         const int column = c * kPanel + j;
         vf weight[2] = {}, ds[2] = {};
         if (begin <= j && j < end) {
-          gradient<special>(r, i, key, column, masked, masked ? mask.bits[c][i] : 0, weight[0], ds[0]);
+          gradient<special>(r, i, column, masked, masked ? mask.bits[c][i] : 0, stays[0], weight[0], ds[0]);
           if (both)
-            gradient<special>(r, i + 1, key, column, masked, masked ? mask.bits[c][i + 1] : 0, weight[1],
+            gradient<special>(r, i + 1, column, masked, masked ? mask.bits[c][i + 1] : 0, stays[1], weight[1],
                               ds[1]);
         }
         if constexpr (Units::kPack == 1) {

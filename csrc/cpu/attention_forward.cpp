@@ -69,7 +69,7 @@ MMFAST_INLINE float mask_row(float* s, const Span* spans, const ForwardMask& mas
     } else {
       const uint64_t bits = mask.bits[p][row];
       for (int j = begin; j < end; j += kLanes) {
-        const vf x = select(ForwardMask::lanes(bits, j), load(panel + j), broadcast(-kInfinity));
+        const vf x = select(lanes_of(bits, j), load(panel + j), broadcast(-kInfinity));
         store(panel + j, x);
         highest = vmax(highest, x);
       }
@@ -102,15 +102,19 @@ MMFAST_INLINE float weigh_row(float* s, const Span* spans, int panels, float sca
   vf total = {};
   for (int p = 0; p < panels; ++p) {
     const int end = p * kPanel + spans[p].end * kGroup;
+    [[maybe_unused]] uint64_t stays = 0;
+    if constexpr (drop) {
+      if (spans[p].end)
+        stays = kept(dropout.seed, dropout.head, dropout.sample, dropout.row,
+                     dropout.key + uint32_t(p * kPanel), dropout.p);
+    }
     for (int j = p * kPanel + spans[p].begin * kGroup; j < end; j += kLanes) {
       vf exponent = load(s + j) - shift;
       if constexpr (Units::kPack == 1) exponent = exponent * factor;
       vf x = exp2_score<Units::kPack == 2>(exponent);
       total = total + x;
       if constexpr (drop) {
-        const vi stays = kept(dropout.seed, dropout.head, dropout.sample, dropout.row,
-                              dropout.key + uint32_t(j), dropout.p);
-        x = select(stays, x * broadcast(1.0f / (1.0f - dropout.p)), vf{});
+        x = select(lanes_of(stays, j - p * kPanel), x * broadcast(1.0f / (1.0f - dropout.p)), vf{});
       }
       store_weights(weights, j, x);
     }

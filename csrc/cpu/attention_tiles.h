@@ -140,6 +140,26 @@ inline uint64_t visible_bits(const KeyBounds& bounds, int32_t time_q) {
   return bits;
 }
 
+// Bit j: lane j is true.
+MMFAST_INLINE uint64_t lane_bits(vi condition) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)condition);
+#elif defined(__AVX2__)
+  return uint64_t(_mm256_movemask_ps((__m256)condition));
+#else
+  uint64_t bits = 0;
+  for (int j = 0; j < kLanes; ++j) bits |= uint64_t(condition[j] & 1) << j;
+  return bits;
+#endif
+}
+
+// The lanes whose bits from `column` on are set.
+MMFAST_INLINE vi lanes_of(uint64_t bits, int column) {
+  vi lane;
+  for (int j = 0; j < kLanes; ++j) lane[j] = 1 << j;
+  return ((int32_t(bits >> column) + vi{}) & lane) != 0;
+}
+
 inline uint64_t first_bits(int64_t n) {
   return n >= 64 ? ~uint64_t(0) : n <= 0 ? 0 : (uint64_t(1) << n) - 1;
 }
@@ -239,13 +259,6 @@ struct BlockMask {
     }
     return some;
   }
-
-  // Lanes of group g of panel p that row r sees.
-  MMFAST_INLINE vi lanes(uint64_t row_bits, int column) {
-    vi lane;
-    for (int j = 0; j < kLanes; ++j) lane[j] = 1 << j;
-    return ((int32_t(row_bits >> column) + vi{}) & lane) != 0;
-  }
 };
 
 // 2^x for x <= 127; 0 for -inf, NaN for NaN. Relative error 8e-8, or 3e-6 where the result becomes a
@@ -297,11 +310,18 @@ MMFAST_INLINE vf tanh_score(vf x) {
   return select(x != x, x, (vf)((vu)result | (vu)sign));
 }
 
-// The dropout decision for kLanes keys from `key` on: lanes that stay.
-MMFAST_INLINE vi kept(uint64_t seed, uint32_t head, uint32_t sample, uint32_t row, uint32_t key, float p) {
+// The dropout decisions for a panel of keys from `key` on, a multiple of 64: bits of those that stay. Key j
+// takes word j % 64 / 16 of the counter (head, sample, row, j / 64 * 16 + j % 16).
+inline uint64_t kept(uint64_t seed, uint32_t head, uint32_t sample, uint32_t row, uint32_t key, float p) {
   const vu zero = {};
-  const PhiloxLanes random = philox_lanes(seed, zero + head, zero + sample, zero + row, lane_numbers() + key);
-  return uniform_lanes(random.x) >= splat(p);
+  uint64_t bits = 0;
+  for (int j = 0; j < kGroup; j += kLanes) {
+    const vu counter = lane_numbers() + (key / 4 + uint32_t(j));
+    const PhiloxLanes r = philox_lanes(seed, zero + head, zero + sample, zero + row, counter);
+    const vu words[4] = {r.x, r.y, r.z, r.w};
+    for (int w = 0; w < 4; ++w) bits |= lane_bits(uniform_lanes(words[w]) >= splat(p)) << (kGroup * w + j);
+  }
+  return bits;
 }
 
 // Zeroes the rows of a [T, heads, dim] output that belong to no sample.

@@ -52,12 +52,19 @@ def attention(
 def dropout_keep(
     seed: Tensor, p: float, sample: int, heads: Sequence[int], rows_q: int, rows_k: int, first_row: int = 0
 ) -> Tensor:
-    """bool `[heads, rows_q, rows_k]`: the weights that dropout keeps, the same on every backend."""
+    """bool `[heads, rows_q, rows_k]`: the weights that dropout keeps, the same on every backend.
+
+    Key j takes word `j % 64 // 16` of `Philox(seed; head, sample, row, j // 64 * 16 + j % 16)`: kernels use all four
+    words of a counter, for keys whose distance is a vector's width.
+    """
     head = torch.tensor(list(heads), device=seed.device)[:, None, None]
     row = torch.arange(first_row, first_row + rows_q, device=seed.device)[:, None]
     key = torch.arange(rows_k, device=seed.device)
+    words = torch.stack(philox(seed, head, sample, row, key // 64 * 16 + key % 16), -1)
+    word = (key % 64 // 16)[:, None].expand(*words.shape[:-1], 1)
     # float32 as in the kernels: the comparison must not depend on the precision of p.
-    return uniform(philox(seed, head, sample, row, key)[0]) >= torch.tensor(p, dtype=torch.float32, device=seed.device)
+    limit = torch.tensor(p, dtype=torch.float32, device=seed.device)
+    return uniform(words.gather(-1, word)[..., 0]) >= limit
 
 
 def _rows(layout: Layout, sample: int) -> slice:
