@@ -73,7 +73,7 @@ def test_statistics_of_a_rectangle(dtype):
         args = (few, all_ids, 100)
         want = reference.infonce_statistics(x[rows].double(), y.double(), scale.double(), *args)
         peer = reference.infonce_statistics(x[rows], y, scale, *args)
-        for name, a, b, c in zip(("row", "column", "diagonal"), _infonce(x[rows], y, scale, *args), want, peer):
+        for name, a, b, c in zip(("row", "column", "diagonal"), _infonce(x[rows], y, scale, *args, False), want, peer):
             assert_close_to_oracle(name, a, b, c)
         want = reference.sigmoid_rows(x[rows].double(), y.double(), scale.double(), bias.double(), *args)
         peer = reference.sigmoid_rows(x[rows], y, scale, bias, *args)
@@ -91,7 +91,7 @@ def test_columns_that_no_row_counts_for():
     y = torch.cat([y, y[:2]])
     scale = torch.tensor(5.0, requires_grad=True)
     x.requires_grad_()
-    got, want = _infonce(x, y, scale, *args), reference.infonce_statistics(x, y, scale, *args)
+    got, want = _infonce(x, y, scale, *args, False)[:3], reference.infonce_statistics(x, y, scale, *args)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert got[1][0] == -torch.inf and got[1][2].isfinite()
@@ -223,13 +223,33 @@ def test_compile(kind):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 63, 200])
+def test_kept_products_change_no_bit(n, dtype, isa, monkeypatch):
+    from mmfast.ops import contrastive as op
+
+    x, y, ids = features(n, 48, dtype)
+
+    def gradients():
+        leaves = [t.detach().clone().requires_grad_() for t in (x, y, torch.tensor(9.0))]
+        with _native.use_isa(isa), poisoned_empty():
+            loss = mmfast.contrastive_loss(*leaves[:2], scale=leaves[2], ids=ids, backend="cpu")
+            return [loss, *torch.autograd.grad(loss, leaves)]
+
+    kept = gradients()
+    monkeypatch.setattr(op, "_KEPT_PRODUCTS", 0)
+    assert all(torch.equal(a, b) for a, b in zip(kept, gradients()))
+
+
 def test_opcheck():
     from mmfast.ops.contrastive import _infonce, _sigmoid
 
     x, y, ids = features(20, 16)
     x.requires_grad_()
     scale, bias = torch.tensor(2.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
-    torch.library.opcheck(_infonce, (x, y, scale, ids, ids, 0))
+    torch.library.opcheck(_infonce, (x, y, scale, ids, ids, 0, True))
+    torch.library.opcheck(_infonce, (x, y, scale, ids, ids, 0, False))
     torch.library.opcheck(_sigmoid, (x, y, scale, bias, None, None, 0, True))
 
 

@@ -63,17 +63,29 @@ ContrastiveParams params_of(const TensorView& x, const TensorView& y, const Tens
   return p;
 }
 
+// [n, m rounded up to 64], or null.
+float* products_of(const ContrastiveParams& p, const TensorView& t) {
+  if (!t.present()) return nullptr;
+  check_tensor(kOp, "products", t, DType::f32, 2);
+  check_size(kOp, "products", t, 0, p.n);
+  check_size(kOp, "products", t, 1, (p.m + 63) / 64 * 64);
+  check_contiguous(kOp, "products", t);
+  return t.ptr<float>();
+}
+
 }  // namespace
 
 void bind_contrastive(py::module_& m) {
   m.def("contrastive_forward",
         [](const TensorView& x, const TensorView& y, const TensorView& scale, const TensorView& bias,
            const TensorView& ids_x, const TensorView& ids_y, int64_t offset, bool sigmoid,
-           const TensorView& row, const TensorView& column, const TensorView& diagonal) {
+           const TensorView& row, const TensorView& column, const TensorView& diagonal,
+           const TensorView& products) {
           ContrastiveParams p = params_of(x, y, scale, bias, ids_x, ids_y, offset, sigmoid);
           p.row = vector_of("row", row, p.n);
           p.column = vector_of("column", column, p.m);
           p.diagonal = vector_of("diagonal", diagonal, p.n);
+          p.products = products_of(p, products);
           check(p.row && (sigmoid || (p.column && p.diagonal)), kOp, ": an output is missing");
           if (p.n == 0) return;
           py::gil_scoped_release release;
@@ -82,12 +94,14 @@ void bind_contrastive(py::module_& m) {
   m.def("contrastive_backward",
         [](const TensorView& x, const TensorView& y, const TensorView& scale, const TensorView& bias,
            const TensorView& ids_x, const TensorView& ids_y, int64_t offset, bool sigmoid,
-           const TensorView& row, const TensorView& column, const TensorView& grad_row,
-           const TensorView& grad_column, const TensorView& grad_diagonal, const TensorView& dx,
-           const TensorView& dy, const TensorView& dscale, const TensorView& dbias, const TensorView& loss) {
+           const TensorView& row, const TensorView& column, const TensorView& products,
+           const TensorView& grad_row, const TensorView& grad_column, const TensorView& grad_diagonal,
+           const TensorView& dx, const TensorView& dy, const TensorView& dscale, const TensorView& dbias,
+           const TensorView& loss) {
           ContrastiveParams p = params_of(x, y, scale, bias, ids_x, ids_y, offset, sigmoid);
           p.row = vector_of("row", row, p.n);
           p.column = vector_of("column", column, p.m);
+          p.products = products_of(p, products);
           p.grad_row = vector_of("grad_row", grad_row, p.n);
           p.grad_column = vector_of("grad_column", grad_column, p.m);
           p.grad_diagonal = vector_of("grad_diagonal", grad_diagonal, p.n);

@@ -234,6 +234,11 @@ void forward_chunk(const ContrastiveParams& p, Range rows, Range columns, float*
       multiply_panel<Units>(n, at.valid, a, units, 1, panel, units, z, kPanel, Store::set);
       for (int64_t r = 0; r < n; ++r) {
         float* line = z + r * kPanel;
+        if (p.products) {
+          float* kept = p.products + (i + r) * round_up(p.m, kPanel) + j;
+          std::memcpy(kept, line, at.valid * sizeof(float));
+          std::memset(kept + at.valid, 0, (kPanel - at.valid) * sizeof(float));
+        }
         for (int v = 0; v < kPanelVecs; ++v) {
           vf value = load(line + v * kLanes) * splat(p.scale) + splat(p.bias);
           if (at.needs_mask()) value = select(at.counts(p, i + r, v), value, splat(kMasked));
@@ -352,7 +357,7 @@ MMFAST_INLINE vf score_gradient(const ContrastiveParams& p, const Columns& at, i
 template <class Units>
 struct ScoreGradients {
   using Unit = typename Units::Unit;
-  float* s;     // [rows][ld] products; with FloatUnits the gradients take their place
+  float* s;     // [rows][ld] products, where they are made here; with FloatUnits the gradients
   Unit* pairs;  // bfloat16: [rows][ld / 2], neighbours in a row
   Unit* cross;  // bfloat16: [rows / 2][ld], neighbours in a column
   int64_t ld;
@@ -370,6 +375,8 @@ struct ScoreGradients {
 template <class Units>
 void gradients_of_scores(const ContrastiveParams& p, const ScoreGradients<Units>& g, Range rows,
                          Range columns, Totals& totals) {
+  const int64_t stride = p.products ? round_up(p.m, kPanel) : g.ld;
+  const float* products = p.products ? p.products + rows.begin * stride + columns.begin : g.s;
   for (int64_t j = columns.begin; j < columns.end; j += kPanel) {
     const Columns at(p, j, columns.end);
     for (int64_t i = rows.begin; i < rows.end; i += Units::kPack) {
@@ -378,7 +385,7 @@ void gradients_of_scores(const ContrastiveParams& p, const ScoreGradients<Units>
         const int64_t column = j - columns.begin + v * kLanes;
         vf out[Units::kPack] = {};
         for (int k = 0; k < Units::kPack && i + k < rows.end; ++k) {
-          const vf s = load(g.s + (i + k - rows.begin) * g.ld + column);
+          const vf s = load(products + (i + k - rows.begin) * stride + column);
           const vf d = score_gradient(p, at, i + k, v, s, loss_sum);
           // Products of columns that do not exist are not written.
           scale_sum += select((vi)(d != splat(0.0f)), d * s, splat(0.0f));
@@ -453,7 +460,7 @@ void backward_chunk(const ContrastiveParams& p, Range rows, Range columns, Backw
   const int64_t units = p.dim / pack, row_step = w.g.ld / pack;
   for (int64_t j = columns.begin; j < columns.end; j += kBackwardColumns) {
     const Range c{j, min64(j + kBackwardColumns, columns.end)};
-    for (int64_t k = 0; k < c.size(); k += kPanel)
+    for (int64_t k = 0; !p.products && k < c.size(); k += kPanel)
       pack_panel<Units, T>(y + (j + k) * p.dim, int(min64(kPanel, c.size() - k)), p.dim,
                            w.y_transposed + k * units, w.pack);
     if (p.dx)
@@ -461,8 +468,8 @@ void backward_chunk(const ContrastiveParams& p, Range rows, Range columns, Backw
                              kBackwardColumns / pack, w.y_rows);
     for (int64_t i = rows.begin; i < rows.end; i += kBackwardRows) {
       const Range r{i, min64(i + kBackwardRows, rows.end)};
-      const auto* a = as_units<Units, T>(x + i * p.dim, r.size(), p.dim, w.rows);
-      for (int64_t k = 0; k < c.size(); k += kPanel)
+      const auto* a = p.products ? nullptr : as_units<Units, T>(x + i * p.dim, r.size(), p.dim, w.rows);
+      for (int64_t k = 0; a && k < c.size(); k += kPanel)
         multiply_panel<Units>(r.size(), int(min64(kPanel, c.size() - k)), a, units, 1,
                               w.y_transposed + k * units, units, w.g.s + k, w.g.ld, Store::set);
       gradients_of_scores<Units>(p, w.g, r, c, totals);

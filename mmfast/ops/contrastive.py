@@ -1,4 +1,4 @@
-"""Contrastive losses over all pairs of two sets of features, in memory that grows with N and not with N^2.
+"""Contrastive losses over all pairs of two sets of features, in memory that grows with N and not with N^2 for large N.
 
 Formulas: `mmfast/reference/contrastive.py`.
 """
@@ -16,6 +16,7 @@ from mmfast.reference import contrastive as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGN = 16  # features are padded with zeros to a multiple of this
+_KEPT_PRODUCTS = 1 << 22  # scores that InfoNCE keeps for its backward pass at most: 16 MiB; larger ones cost page faults
 
 
 def contrastive_loss(
@@ -35,8 +36,9 @@ def contrastive_loss(
         infonce: 1 / (2 N) * sum_i (log sum_j exp z_ij - z_ii) + (log sum_j exp z_ji - z_ii)
         sigmoid: -1 / N * sum_ij log sigmoid(l_ij z_ij), l_ii = 1, l_ij = -1
 
-    Scores are computed in tiles (InfoNCE: again in the backward pass), never stored: O(N D) memory and
-    8 N^2 D operations; 6 N^2 D for the sigmoid loss, whose gradients are made with the loss in one pass.
+    Scores are computed in tiles: O(N D) memory and 6 N^2 D operations for the sigmoid loss, whose gradients are made
+    with the loss in one pass. InfoNCE keeps its products for the backward pass where they fit into 16 MiB (N = 2048);
+    beyond, it computes them again: 8 N^2 D operations and O(N D) memory.
 
     Args:
         x, y: features `[N, D]`, N >= 1; the caller normalises them. float32, bfloat16, float16 (float64: reference).
@@ -85,8 +87,11 @@ def contrastive_loss(
         else:
             loss = reference.sigmoid_rows(x, y, scale, bias, ids, ids_y, offset).mean()
     else:
-        run = _infonce if chosen == "cpu" else reference.infonce_statistics
-        row, column, diagonal = run(x, y, scale, ids, ids_y, offset)
+        if chosen == "cpu":
+            gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale))
+            row, column, diagonal, _ = _infonce(x, y, scale, ids, ids_y, offset, gradients)
+        else:
+            row, column, diagonal = reference.infonce_statistics(x, y, scale, ids, ids_y, offset)
         if world > 1:
             # Each rank saw some rows of every column.
             parts = _gather(op, column[None], group)
@@ -183,27 +188,36 @@ def _codes(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, T
     return codes[: ids_x.shape[0]].contiguous(), codes[ids_x.shape[0] :].contiguous()
 
 
-def _infonce_cpu(x, y, scale, ids_x, ids_y, offset):
-    row, diagonal = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
-    column = torch.empty(y.shape[0], dtype=torch.float32)
-    _native.cpu().contrastive_forward(x, y, scale, None, *_codes(ids_x, ids_y), offset, False, row, column, diagonal)
-    return row, column, diagonal
-
-
-def _infonce_fake(x, y, scale, ids_x, ids_y, offset):
+def _products(x, y, gradients):
+    """Room for x y^T until the backward pass, rows of whole panels of 64; of no size where it is not kept."""
     n, m = x.shape[0], y.shape[0]
-    return tuple(x.new_empty(size, dtype=torch.float32) for size in (n, m, n))
+    kept = gradients and n * m <= _KEPT_PRODUCTS
+    return x.new_empty((n, (m + 63) // 64 * 64) if kept else (0, 0), dtype=torch.float32)
+
+
+def _infonce_cpu(x, y, scale, ids_x, ids_y, offset, gradients):
+    row, diagonal = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    column, products = torch.empty(y.shape[0], dtype=torch.float32), _products(x, y, gradients)
+    codes = _codes(ids_x, ids_y)
+    kept = products if products.numel() else None
+    _native.cpu().contrastive_forward(x, y, scale, None, *codes, offset, False, row, column, diagonal, kept)
+    return row, column, diagonal, products
+
+
+def _infonce_fake(x, y, scale, ids_x, ids_y, offset, gradients):
+    n, m = x.shape[0], y.shape[0]
+    return *(x.new_empty(size, dtype=torch.float32) for size in (n, m, n)), _products(x, y, gradients)
 
 
 def _sigmoid_cpu(x, y, scale, bias, ids_x, ids_y, offset, gradients):
     n = x.shape[0]
     if not gradients:
         row = torch.empty(n, dtype=torch.float32)
-        _native.cpu().contrastive_forward(x, y, scale, bias, *_codes(ids_x, ids_y), offset, True, row, None, None)
+        _native.cpu().contrastive_forward(x, y, scale, bias, *_codes(ids_x, ids_y), offset, True, row, None, None, None)
         return row.mean(), *(torch.empty(0) for _ in range(4))
     loss = torch.empty(1)
     share = torch.full((n,), 1 / n)
-    return loss.reshape(()), *_gradients(x, y, scale, bias, ids_x, ids_y, offset, None, None, [share], loss=loss)
+    return loss.reshape(()), *_gradients(x, y, scale, bias, ids_x, ids_y, offset, None, None, None, [share], loss=loss)
 
 
 def _sigmoid_fake(x, y, scale, bias, ids_x, ids_y, offset, gradients):
@@ -213,7 +227,9 @@ def _sigmoid_fake(x, y, scale, bias, ids_x, ids_y, offset, gradients):
     return number, torch.empty_like(x), torch.empty_like(y), torch.empty_like(number), torch.empty_like(number)
 
 
-def _gradients(x, y, scale, bias, ids_x, ids_y, offset, row, column, grads, need_x=True, need_y=True, loss=None):
+def _gradients(
+    x, y, scale, bias, ids_x, ids_y, offset, row, column, products, grads, need_x=True, need_y=True, loss=None
+):
     dx = torch.zeros(x.shape if need_x else (0, 0), dtype=torch.float32)
     dy = torch.zeros(y.shape if need_y else (0, 0), dtype=torch.float32)
     dscale, dbias = torch.empty(1), torch.empty(1)
@@ -228,6 +244,7 @@ def _gradients(x, y, scale, bias, ids_x, ids_y, offset, row, column, grads, need
         column is None,
         row,
         column,
+        products,
         *grads[:3],
         dx if need_x else None,
         dy if need_y else None,
@@ -238,11 +255,12 @@ def _gradients(x, y, scale, bias, ids_x, ids_y, offset, row, column, grads, need
     return dx.to(x.dtype), dy.to(y.dtype), dscale.reshape(()), dbias.reshape(())
 
 
-def _backward_cpu(x, y, scale, ids_x, ids_y, offset, row, column, grads, need_x, need_y):
-    return _gradients(x, y, scale, None, ids_x, ids_y, offset, row, column, grads, need_x, need_y)[:3]
+def _backward_cpu(x, y, scale, ids_x, ids_y, offset, row, column, products, grads, need_x, need_y):
+    kept = products if products.numel() else None
+    return _gradients(x, y, scale, None, ids_x, ids_y, offset, row, column, kept, grads, need_x, need_y)[:3]
 
 
-def _backward_fake(x, y, scale, ids_x, ids_y, offset, row, column, grads, need_x, need_y):
+def _backward_fake(x, y, scale, ids_x, ids_y, offset, row, column, products, grads, need_x, need_y):
     dx = torch.empty_like(x) if need_x else x.new_empty(0, 0)
     dy = torch.empty_like(y) if need_y else y.new_empty(0, 0)
     return dx, dy, scale.new_empty(())
@@ -250,7 +268,8 @@ def _backward_fake(x, y, scale, ids_x, ids_y, offset, row, column, grads, need_x
 
 _backward = define(
     "contrastive_infonce_backward(Tensor x, Tensor y, Tensor scale, Tensor? ids_x, Tensor? ids_y, int offset,"
-    " Tensor row, Tensor column, Tensor[] grads, bool need_x, bool need_y) -> (Tensor, Tensor, Tensor)",
+    " Tensor row, Tensor column, Tensor products, Tensor[] grads, bool need_x, bool need_y)"
+    " -> (Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
     fake=_backward_fake,
     setup_context=lambda ctx, inputs, output: None,
@@ -268,16 +287,17 @@ _sigmoid_backward_op = define(
 
 
 def _setup_infonce(ctx, inputs, output):
-    x, y, scale, ids_x, ids_y, ctx.offset = inputs
-    row, column, _ = output
-    ctx.save_for_backward(x, y, scale, ids_x, ids_y, row, column)
+    x, y, scale, ids_x, ids_y, ctx.offset, _ = inputs
+    row, column, _, products = output
+    ctx.mark_non_differentiable(products)
+    ctx.save_for_backward(x, y, scale, ids_x, ids_y, row, column, products)
 
 
 def _infonce_backward(ctx, *grads):
-    x, y, scale, ids_x, ids_y, row, column = ctx.saved_tensors
+    *saved, row, column, products = ctx.saved_tensors
     need_x, need_y, need_scale, *_ = ctx.needs_input_grad
-    dx, dy, dscale = _backward(x, y, scale, ids_x, ids_y, ctx.offset, row, column, list(grads), need_x, need_y)
-    return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None, None
+    dx, dy, dscale = _backward(*saved, ctx.offset, row, column, products, list(grads[:3]), need_x, need_y)
+    return *(g if need else None for g, need in ((dx, need_x), (dy, need_y), (dscale, need_scale))), *[None] * 4
 
 
 def _setup_sigmoid(ctx, inputs, output):
@@ -296,8 +316,8 @@ def _sigmoid_backward(ctx, grad, *_):
 
 
 _infonce = define(
-    "contrastive_infonce(Tensor x, Tensor y, Tensor scale, Tensor? ids_x, Tensor? ids_y, int offset)"
-    " -> (Tensor, Tensor, Tensor)",
+    "contrastive_infonce(Tensor x, Tensor y, Tensor scale, Tensor? ids_x, Tensor? ids_y, int offset, bool gradients)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_infonce_cpu,
     fake=_infonce_fake,
     setup_context=_setup_infonce,

@@ -1,5 +1,5 @@
-// Contrastive losses over all pairs of two sets of rows, without their matrix of scores. Formulas:
-// mmfast/reference/contrastive.py.
+// Contrastive losses over all pairs of two sets of rows; their matrix of products is kept only where asked.
+// Formulas: mmfast/reference/contrastive.py.
 #pragma once
 #include "mmfast/tensor_view.h"
 
@@ -21,6 +21,10 @@ struct ContrastiveParams {
   float* row = nullptr;       // [n], out: log-sum-exp of a row; sigmoid: its loss
   float* column = nullptr;    // [m], out: log-sum-exp of a column
   float* diagonal = nullptr;  // [n], out: score of the positive pair
+
+  // [n, round_up(m, 64)] of x y^T, or null: forward writes it, and backward reads it instead of computing it
+  // again.
+  float* products = nullptr;
 
   const float* grad_row = nullptr;       // [n]
   const float* grad_column = nullptr;    // [m]
