@@ -16,7 +16,7 @@ from mmfast.reference import contrastive as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGN = 16  # features are padded with zeros to a multiple of this
-_KEPT_PRODUCTS = 1 << 22  # scores that InfoNCE keeps for its backward pass at most: 16 MiB; larger ones cost page faults
+_KEPT_PRODUCTS = 1 << 22  # what InfoNCE keeps for its backward pass at most, 16 MiB: more would cost page faults
 
 
 def contrastive_loss(
