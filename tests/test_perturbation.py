@@ -160,8 +160,8 @@ def test_limits_hold():
 
 def test_cancellation():
     """delta far outside the ball, and a step that leads back into its middle."""
-    g = torch.randn(1, 4096)
-    d = -10 * g / g.norm() + 1e-3 * torch.randn(1, 4096)
+    g = torch.randn(64, 4096)  # many samples: the rounding of one factor decides the error of a whole sample
+    d = -10 * g / g.norm(dim=1, keepdim=True) + 1e-3 * torch.randn(64, 4096)
     check({"delta": d, "grad": g}, {"norm": "l2", "eps": 0.01, "step_size": 10.0})
 
 
