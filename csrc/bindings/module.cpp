@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "bindings/binding.h"
-#include "cpu/isa.h"
+#include "cpu/ceiling.h"
 #include "mmfast/mask.h"
 #include "mmfast/rng.h"
 
@@ -136,6 +136,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("philox", [](uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
     const Philox4 r = philox(seed, c0, c1, c2, c3);
     return std::array<uint32_t, 4>{r.x, r.y, r.z, r.w};
+  });
+  // For benchmarks: does rounds of multiply-adds on registers in every thread, and returns their number.
+  m.def("multiply_adds", [](bool bf16, int64_t rounds) {
+    double flops = 0;
+    CeilingParams params{bf16, rounds, num_threads(), &flops};
+    py::gil_scoped_release release;
+    multiply_adds(params);
+    return flops;
   });
   bind_attention(m);
   bind_rotary(m);

@@ -11,7 +11,7 @@ namespace MMFAST_ISA {
 namespace {
 
 constexpr int64_t kChunk = 256 * kLanes;  // elements summed in float32 (256 a lane) before they join a double
-constexpr int64_t kBlock = 65536;          // elements of one unit of work
+constexpr int64_t kBlock = 65536;         // elements of one unit of work
 
 MMFAST_INLINE int64_t min64(int64_t a, int64_t b) {
   return a < b ? a : b;
