@@ -248,9 +248,9 @@ def test_opcheck():
     x, y, ids = features(20, 16)
     x.requires_grad_()
     scale, bias = torch.tensor(2.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
-    torch.library.opcheck(_infonce, (x, y, scale, ids, ids, 0, True))
-    torch.library.opcheck(_infonce, (x, y, scale, ids, ids, 0, False))
-    torch.library.opcheck(_sigmoid, (x, y, scale, bias, None, None, 0, True))
+    torch.library.opcheck(_infonce.op, (x, y, scale, ids, ids, 0, True))
+    torch.library.opcheck(_infonce.op, (x, y, scale, ids, ids, 0, False))
+    torch.library.opcheck(_sigmoid.op, (x, y, scale, bias, None, None, 0, True))
 
 
 @pytest.mark.parametrize(
