@@ -511,7 +511,12 @@ def bad(**changes):
         ),
         ({"mask": "causal"}, "mask must be a mmfast.ModalityMask"),
         ({"mask": ModalityMask.flamingo()}, "'text' is no modality"),
+        ({"q": None}, "q must be a torch.Tensor, got NoneType"),
+        ({"k": [1.0]}, "k must be a torch.Tensor, got list"),
+        ({"softmax_scale": float("nan")}, "softmax_scale is nan"),
         ({"softcap": -1.0}, "softcap is -1.0"),
+        ({"softcap": float("nan")}, "softcap is nan"),
+        ({"softcap": float("inf")}, "softcap is inf"),
         ({"dropout_p": 1.0}, "dropout_p is 1.0"),
         ({"dropout_p": 0.1}, "dropout needs dropout_seed"),
         ({"dropout_p": 0.1, "dropout_seed": torch.tensor(1.0)}, "dropout needs dropout_seed"),
@@ -531,6 +536,24 @@ def test_float64_needs_the_reference():
     assert mmfast.attention(*tensors, layout).dtype == torch.float64
 
 
+def test_strides_that_the_kernels_do_not_take_are_copied():
+    layout = Layout.from_lengths([3, 4])
+    q, k, v, _ = inputs(layout)
+    wide = torch.stack([q, q], -1).flatten(2)  # every column twice
+    assert torch.equal(mmfast.attention(wide[..., ::2], k, v, layout), mmfast.attention(q, k, v, layout))
+    row = q[:1].expand(q.shape)
+    assert torch.equal(mmfast.attention(row, k, v, layout), mmfast.attention(row.contiguous(), k, v, layout))
+
+
+def test_no_rows_heads_or_samples():
+    for lengths, rows, heads in [([], 0, 2), ([], 7, 2), ([0, 0], 0, 2), ([3, 4], 7, 0)]:
+        layout = Layout.from_lengths(lengths)
+        q = torch.randn(rows, heads, 16, requires_grad=True)
+        k = torch.randn(rows, 1, 16)
+        out = mmfast.attention(q, k, k, layout)
+        assert out.shape == q.shape and not torch.autograd.grad(out.sum(), q)[0].any()
+
+
 def test_the_binding_guards_memory():
     layout = Layout.from_lengths([3, 4])
     q, k, v, _ = inputs(layout)
@@ -538,6 +561,23 @@ def test_the_binding_guards_memory():
     broken.cu_seqlens[1] = 9
     with pytest.raises(ValueError, match="cu_seqlens_q decreases at sample 1"):
         mmfast.attention(q, k, v, broken)
+    for field, value, message in [
+        ("cu_seqlens", -5, r"cu_seqlens_q\[0\] is -5"),
+        ("seqused", 9, r"seqused_q\[0\] is 9; expected 0 to the sample's length 3"),
+        ("seqused", -1, r"seqused_q\[0\] is -1"),
+        ("modality", 200, r"modality_q\[0\] is 200"),
+    ]:
+        broken = dataclasses.replace(
+            Layout.from_lengths([3, 4]),
+            seqused=torch.tensor([3, 4], dtype=torch.int32),
+            modality=torch.zeros(7, dtype=torch.uint8),
+        )
+        getattr(broken, field)[0] = value
+        with pytest.raises(ValueError, match=message):
+            mmfast.attention(q, k, v, broken)
+    short = Layout.from_lengths([3, 4])
+    with pytest.raises(ValueError, match="cu_seqlens_k ends at row 7, but the tokens have 5 rows"):
+        mmfast.attention(q, k[:5], v[:5], short)
     lse, fields = torch.empty(2, 7), (layout.cu_seqlens, None, None, None, None)
     rest = (fields, fields, ModalityMask.full().table(), -1, -1, 0.1, 0.0, 0.0, None)
     forward = mmfast._native.cpu().attention_forward

@@ -1,6 +1,8 @@
 """contrastive_loss against the reference in float64, on every instruction set, and over two processes."""
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -241,6 +243,22 @@ def test_kept_products_change_no_bit(n, kept, dtype, isa, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(gradients(kept), gradients(0)))
 
 
+def test_memory_grows_with_n():
+    """16,384 pairs have 1 GiB of scores; a step needs 64 MiB of kept products beside features and gradients."""
+    code = """
+import resource, torch, mmfast
+x, y = (torch.nn.functional.normalize(torch.randn(16384, 16), dim=1).requires_grad_() for _ in range(2))
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+def step(n, kind): mmfast.contrastive_loss(x[:n], y[:n], scale=5.0, kind=kind).backward()
+for kind in ("infonce", "sigmoid"): step(64, kind)
+before = peak()
+for kind in ("infonce", "sigmoid"): step(16384, kind)
+print(peak() - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 64 + 48, out.stdout
+
+
 def test_opcheck():
     from mmfast.ops.contrastive import _infonce, _sigmoid
 
@@ -262,10 +280,15 @@ def test_opcheck():
         ({"bias": 1.0}, "bias belongs to kind='sigmoid'"),
         ({"ids": torch.zeros(4)}, "ids are float32"),
         ({"scale": torch.ones(2)}, "expected one number"),
+        ({"scale": None}, "scale must be a number or a torch.Tensor, got NoneType"),
+        ({"x": [[1.0]]}, "x must be a torch.Tensor, got list"),
+        ({"ids": [1, 2, 3, 4]}, "ids must be a torch.Tensor, got list"),
+        ({"y": torch.zeros(4, 8).bfloat16()}, r"y is bfloat16 \[4, 8\]"),
+        ({"x": torch.zeros(4, 8).int(), "y": torch.zeros(4, 8).int()}, "x is int32"),
     ],
 )
 def test_errors(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         mmfast.contrastive_loss(**{"x": torch.zeros(4, 8), "y": torch.zeros(4, 8), "scale": 1.0, **change})
     double = torch.zeros(4, 8, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="float64"):

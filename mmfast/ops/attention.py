@@ -6,6 +6,8 @@ Vaswani et al. 2017 (arXiv 1706.03762); the kernels follow FlashAttention-2 (Dao
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,11 +70,16 @@ def attention(
 
     Source: Vaswani et al. 2017, equation 1; Gemma 2 (arXiv 2408.00118) for the softcap.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"attention: {name} must be a torch.Tensor, got {type(x).__name__}")
     q, k, v = _autocast(q, k, v)
     layout_k = layout_q if layout_k is None else layout_k
     mask = _FULL if mask is None else mask
     _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"attention: softmax_scale is {scale}; expected a finite number")
     chosen = _dispatch.choose(
         "attention",
         backend,
@@ -155,7 +162,7 @@ def _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed) 
         )
     if not isinstance(mask, ModalityMask):
         raise TypeError(f"attention: mask must be a mmfast.ModalityMask, got {type(mask).__name__}")
-    if softcap < 0:
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"attention: softcap is {softcap}; expected 0 (none) or a positive limit")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"attention: dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")

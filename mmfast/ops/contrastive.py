@@ -37,8 +37,8 @@ def contrastive_loss(
         sigmoid: -1 / N * sum_ij log sigmoid(l_ij z_ij), l_ii = 1, l_ij = -1
 
     Scores are computed in tiles: O(N D) memory and 6 N^2 D operations for the sigmoid loss, whose gradients are made
-    with the loss in one pass. InfoNCE keeps its products for the backward pass where they fit into 16 MiB (N = 2048);
-    beyond, it computes them again: 8 N^2 D operations and O(N D) memory.
+    with the loss in one pass. InfoNCE keeps up to 64 MiB of its products for the backward pass, all of them up to
+    N = 4096; it computes the others again: up to 8 N^2 D operations, still O(N D) memory.
 
     Args:
         x, y: features `[N, D]`, N >= 1; the caller normalises them. float32, bfloat16, float16 (float64: reference).
@@ -57,7 +57,7 @@ def contrastive_loss(
         float32 scalar (float64 for float64 input). Once differentiable (reference: twice) in x, y, scale, bias.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit.
+        ValueError, TypeError: arguments that do not fit; the message says which and how to mend it.
         RuntimeError: the explicit backend cannot run.
         NotImplementedError: second derivatives of the kernels.
 
@@ -66,7 +66,7 @@ def contrastive_loss(
     op = "contrastive_loss"
     _check(op, x, y, kind, bias, ids)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         x, y = x.to(torch.get_autocast_dtype(device)), y.to(torch.get_autocast_dtype(device))
     scale = _number(op, "scale", scale, x)
     bias = _number(op, "bias", 0.0 if bias is None else bias, x)
@@ -107,6 +107,9 @@ def contrastive_loss(
 def _check(op, x, y, kind, bias, ids) -> None:
     if kind not in ("infonce", "sigmoid"):
         raise ValueError(f"{op}: kind is {kind!r}; expected 'infonce' or 'sigmoid'")
+    for name, t in (("x", x), ("y", y), *(() if ids is None else (("ids", ids),))):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
     if x.dim() != 2 or x.shape[0] < 1 or not x.is_floating_point():
         raise ValueError(f"{op}: x is {_describe(x)}; expected floating-point features [N, D] with N >= 1")
     if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
@@ -124,6 +127,8 @@ def _number(op: str, name: str, value: Tensor | float, x: Tensor) -> Tensor:
     """A tensor of no dimension, float32 unless x is float64."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{op}: {name} must be a number or a torch.Tensor, got {type(value).__name__}")
         return torch.full((), value, dtype=dtype, device=x.device)
     if value.numel() != 1 or value.device != x.device:
         raise ValueError(f"{op}: {name} is {_describe(value)} on {value.device}; expected one number on {x.device}")

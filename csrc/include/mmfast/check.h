@@ -36,8 +36,8 @@ inline void check_size(const char* op, const char* name, const TensorView& t, in
 }
 
 inline void check_last_contiguous(const char* op, const char* name, const TensorView& t) {
-  check(t.ndim > 0 && (t.stride[t.ndim - 1] == 1 || t.size[t.ndim - 1] <= 1), op, ": ", name,
-        " is not contiguous in its last dimension; call .contiguous() on it");
+  check(t.ndim > 0 && (t.stride[t.ndim - 1] == 1 || t.size[t.ndim - 1] <= 1 || t.numel() == 0), op, ": ",
+        name, " is not contiguous in its last dimension; call .contiguous() on it");
 }
 
 inline void check_contiguous(const char* op, const char* name, const TensorView& t) {
