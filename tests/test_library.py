@@ -50,6 +50,33 @@ def test_both_ways_give_the_same_bits(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(short, full))
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_lists_of_tensors_both_ways(norm, monkeypatch):
+    layout = mmfast.Layout.from_lengths([7, 13])
+    q, k, *grads = inputs()
+    weight = torch.linspace(0.5, 1.5, 16)
+    parts = {
+        "text": (torch.randn(5, 8), torch.tensor([2, 3], dtype=torch.int32), None),
+        "image": (torch.randn(4, 8), torch.tensor([4, 0], dtype=torch.int32), None),
+    }
+
+    def results():
+        leaves = [x.clone().requires_grad_() for x in (q, k, weight)]
+        qk_norm = (leaves[2], None, 1e-6) if norm else None
+        out = mmfast.rotary(*leaves[:2], layout, base=100.0, qk_norm=qk_norm)
+        rotated = torch.autograd.grad(out, leaves if norm else leaves[:2], grads)
+        tokens = {n: x.clone().requires_grad_() for n, (x, _, _) in parts.items()}
+        packed, _ = mmfast.pack({n: (tokens[n], *rest) for n, (_, *rest) in parts.items()})
+        frozen, _ = mmfast.pack({n: (x.detach() if n == "text" else x, *parts[n][1:]) for n, x in tokens.items()})
+        own = torch.autograd.grad(packed.square().sum(), list(tokens.values()))
+        return *out, *rotated, packed, *own, *torch.autograd.grad(frozen.square().sum(), tokens["image"])
+
+    short = results()
+    assert type(short[0].grad_fn).__name__ == "rotaryBackward"
+    monkeypatch.setattr(_library, "_observed", lambda: True)
+    assert all(torch.equal(a, b) for a, b in zip(short, results(), strict=True))
+
+
 def test_modes_and_profilers_see_the_op():
     layout = mmfast.Layout.from_lengths([7, 13])
     q, k, v, dout = inputs()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,9 +38,8 @@ def define(
     if backward is not None:
         torch.library.register_autograd(f"mmfast::{name}", backward, setup_context=setup_context, lib=_library)
     op = getattr(torch.ops.mmfast, name).default
-    # Tensors in lists and formulas that only raise are left to the dispatcher.
-    short = setup_context is not None and "Tensor[]" not in schema
-    function = _function(name, cpu, setup_context, backward) if short else None
+    function = None if setup_context is None else _function(name, op._schema, cpu, setup_context, backward)
+    takes_lists = "Tensor[]" in schema.partition("->")[0]
 
     def call(*args):
         if torch.compiler.is_compiling() or _observed():
@@ -51,7 +51,10 @@ def define(
             differentiable |= tensor.requires_grad
         if not differentiable or not torch.is_grad_enabled():
             return cpu(*args)
-        return op(*args) if function is None else function.apply(*args)
+        if function is None:  # a formula that raises is left to the dispatcher
+            return op(*args)
+        sizes = _sizes(args) if takes_lists else None
+        return function.apply(sizes, *(_flat(args, sizes) if takes_lists else args))
 
     call.op = op
     return call
@@ -78,14 +81,46 @@ def _tensors(args: Sequence) -> Iterator[Tensor]:
             yield from (x for x in arg if isinstance(x, Tensor))
 
 
-def _function(name: str, cpu: Callable, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
-    def forward(ctx, *args):
-        output = cpu(*args)
-        setup_context(ctx, args, output)
-        return output
+def _function(
+    name: str, schema: torch.FunctionSchema, cpu: Callable, setup_context: Callable, backward: Callable
+) -> type[torch.autograd.Function]:
+    """The formula as a torch.autograd.Function, which takes lists of tensors one by one."""
+    gives_list = str(schema.returns[0].type) == "List[Tensor]"
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def forward(ctx, sizes, *flat):
+        args, asked = flat, ctx.needs_input_grad[1:]
+        if sizes is not None:
+            args, asked = _nested(flat, sizes), _nested(asked, sizes)
+        output = cpu(*args)
+        ctx.sizes_of_args, ctx.needs_input_grad = sizes, asked
+        setup_context(ctx, args, output)
+        return output if isinstance(output, Tensor) else tuple(output)
+
+    def apply_formula(ctx, *grads):
+        grads = backward(ctx, list(grads)) if gives_list else backward(ctx, *grads)
+        sizes = ctx.sizes_of_args
+        return None, *(grads if sizes is None else _flat(grads, sizes))
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(apply_formula)}
     return type(name, (torch.autograd.Function,), methods)
+
+
+def _sizes(args: Sequence) -> tuple[int | None, ...]:
+    """Lengths of the arguments that are lists of tensors, None for the others."""
+    return tuple(len(a) if type(a) is list and (not a or isinstance(a[0], Tensor)) else None for a in args)
+
+
+def _flat(args: Iterable, sizes: Sequence[int | None]) -> Iterator:
+    for arg, size in zip(args, sizes):
+        if size is None:
+            yield arg
+        else:
+            yield from [None] * size if arg is None else arg
+
+
+def _nested(flat: Sequence, sizes: Sequence[int | None]) -> tuple:
+    rest = iter(flat)
+    return tuple(next(rest) if size is None else list(itertools.islice(rest, size)) for size in sizes)
 
 
 def no_double_backward(op: str) -> Callable:
