@@ -69,13 +69,6 @@ MMFAST_INLINE void store_pair(float* rows, int64_t stride, int j, vf first, vf s
   store(rows + j, first);
   if (both) store(rows + stride + j, second);
 }
-#if defined(__AVX512BF16__)
-MMFAST_INLINE void store_pair(uint32_t* rows, int j, vf first, vf second) {
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
-  _mm512_storeu_si512(rows + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-#endif
 
 template <class Units, class T>
 struct Backward {
@@ -315,8 +308,8 @@ struct Backward {
           store_pair(w.ds + i * kScores, kScores, column, ds[0], ds[1], both);
         } else {
 #if defined(__AVX512BF16__)
-          store_pair(reinterpret_cast<uint32_t*>(w.p + i * kScores), column, weight[0], weight[1]);
-          store_pair(reinterpret_cast<uint32_t*>(w.ds + i * kScores), column, ds[0], ds[1]);
+          store_pair(reinterpret_cast<uint32_t*>(w.p + i * kScores) + column, weight[0], weight[1]);
+          store_pair(reinterpret_cast<uint32_t*>(w.ds + i * kScores) + column, ds[0], ds[1]);
           bf16* rows16 = reinterpret_cast<bf16*>(w.ds_rows) + i * kScores + column;
           store(rows16, ds[0]);
           if (both) store(rows16 + kScores, ds[1]);
