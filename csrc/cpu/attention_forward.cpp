@@ -16,8 +16,6 @@ constexpr int kBlockRows = 96;                  // their scores stay in the seco
 constexpr int kChunkPanels = 4;                 // keys between two rescalings: 256
 constexpr int kScores = kChunkPanels * kPanel;  // columns of a block's scores
 constexpr int64_t kPackedBytes = 512 * 1024;    // packed keys and values of an item at a time
-constexpr int kFewRows = 128;                   // queries up to which keys are read in place
-constexpr int kFewKeys = 128;                   // keys whose transposed scores stay in the first-level cache
 static_assert(kFewKeys * kPanel <= kBlockRows * kScores && kFewRows <= kScores);
 using ForwardMask = BlockMask<kBlockRows, kChunkPanels>;
 
@@ -152,6 +150,7 @@ struct Forward {
     TileSummary all{};
     if (!is_trivial && keys > 0) all = summarize(side_q, item.begin / group, (item.end - 1) / group + 1);
     const bool once = keys > 0 && keys <= capacity;
+    for (int64_t r = 0; r < rows && r < kBlockRows; r += kRows) prefetch_queries(r);
     for (int64_t key = 0; key < keys; key += capacity) {
       const int64_t end = key + capacity < keys ? key + capacity : keys;
       pack(key, end, all);
@@ -303,6 +302,15 @@ struct Forward {
     return {w.queries, units};
   }
 
+  // Fetches the queries of one tile of virtual rows, which lie too far apart for the hardware to do it.
+  void prefetch_queries(int64_t r) {
+    const int64_t rows = item.end - item.begin;
+    for (int64_t i = r; i < r + kRows && i < rows; ++i) {
+      const int64_t row = item.begin + i;
+      prefetch_row(rows_of<T>(p.q, q0 + row / group, head_k * group + row % group).data, p.dim);
+    }
+  }
+
   void block(int64_t r, int rows, int64_t begin, int64_t end) {
     Rows<Unit> q{};
     for (int64_t key = begin; key < end; key += kScores) {
@@ -317,6 +325,7 @@ struct Forward {
       for (int c = 0; c < panels; ++c) {
         const Unit* panel = w.keys + (first + c) * units * kPanel;
         for (int t = 0; t * kRows < rows; ++t) {
+          if (c == 0 && key == begin) prefetch_queries(r + kBlockRows + t * kRows);
           const Span span = mask.spans[t][c];
           if (span.begin == span.end) continue;
           multiply<Units>(rows - t * kRows < kRows ? rows - t * kRows : kRows, span.end - span.begin,
@@ -324,10 +333,78 @@ struct Forward {
                           w.scores + t * kRows * kScores + c * kPanel + span.begin * kGroup, kScores, scaled);
         }
       }
-      for (int t = 0; t * kRows < rows; ++t) weigh(t, r, rows, key, panels);
+      for (int t = 0; t * kRows < rows; ++t) {
+        const Span columns = full_columns(mask.spans[t], panels);
+        if (columns.full && p.softcap == 0 && p.dropout_p == 0)
+          weigh_full(t, r, rows, columns.begin * kGroup, columns.end * kGroup);
+        else
+          weigh(t, r, rows, key, panels);
+      }
       for (int t = 0; t * kRows < rows; ++t)
         accumulate(t, r, rows, (key - begin) / Units::kPack,
                    int((end - key + Units::kPack - 1) / Units::kPack), panels);
+    }
+  }
+
+  // The columns of a tile's panels in groups; `full` where they have no gap and all rows see them.
+  static Span full_columns(const Span* spans, int panels) {
+    constexpr int kGroups = kPanel / kGroup;
+    Span all{0, 0, true};
+    for (int c = 0; c < panels; ++c) {
+      if (spans[c].begin == spans[c].end) continue;
+      const uint8_t begin = uint8_t(c * kGroups + spans[c].begin);
+      if (all.end == 0) all.begin = begin;
+      all.full &= spans[c].full && (all.end == 0 || all.end == begin);
+      all.end = uint8_t(c * kGroups + spans[c].end);
+    }
+    return all;
+  }
+
+  // weigh() for a tile of rows that see all columns from begin to end: rows overlap, what is per row is done
+  // by vectors.
+  void weigh_full(int t, int64_t r, int rows, int begin, int end) {
+    const int height = rows - t * kRows < kRows ? rows - t * kRows : kRows;
+    const int64_t first = r + t * kRows;
+    float* const tile = w.scores + t * kRows * kScores;
+    constexpr int kLanesOfRows = (kRows + kLanes - 1) / kLanes * kLanes;
+    float before[kLanesOfRows] = {}, maximum[kLanesOfRows] = {}, shift[kLanesOfRows], alpha[kLanesOfRows];
+    vf lanes[kRows];
+    for (int i = 0; i < height; ++i) {
+      const float* s = tile + i * kScores;
+      vf highest = broadcast(-kInfinity);
+      for (int j = begin; j < end; j += kLanes) highest = vmax(highest, load(s + j));
+      lanes[i] = highest;
+    }
+    for (int i = 0; i < height; ++i) {
+      before[i] = w.maximum[first + i];
+      maximum[i] = max_lanes(lanes[i]);
+    }
+    for (int i = 0; i < kLanesOfRows; i += kLanes) {
+      const vf b = load(before + i), m = vmax(load(maximum + i), b);
+      const vf d = select(m == broadcast(-kInfinity), vf{}, m);
+      store(maximum + i, m);
+      store(shift + i, d);
+      store(alpha + i, exp2_score<false>((b - d) * broadcast(scale.log2)));
+    }
+    [[maybe_unused]] const vf factor = broadcast(scale.log2);
+    for (int i = 0; i < height; ++i) {
+      float* s = tile + i * kScores;
+      auto* weights = reinterpret_cast<Unit*>(s);
+      const vf subtract = broadcast(shift[i]);
+      vf total = {};
+      for (int j = begin; j < end; j += kLanes) {
+        vf exponent = load(s + j) - subtract;
+        if constexpr (Units::kPack == 1) exponent = exponent * factor;
+        const vf x = exp2_score<Units::kPack == 2>(exponent);
+        total = total + x;
+        store_weights(weights, j, x);
+      }
+      lanes[i] = total;
+    }
+    for (int i = 0; i < height; ++i) {
+      w.alpha[t * kRows + i] = alpha[i];
+      w.sum[first + i] = w.sum[first + i] * alpha[i] + sum_lanes(lanes[i]);
+      w.maximum[first + i] = maximum[i];
     }
   }
 
@@ -435,7 +512,7 @@ void forward_all(const AttentionParams& p) {
   const int64_t panel_bytes = int64_t(kPanel) * 2 * p.dim / Units::kPack * 4;
   int64_t capacity = kPackedBytes / panel_bytes / kChunkPanels * kScores;
   capacity = capacity < kScores ? kScores : capacity;
-  if (longest < capacity) capacity = round_up(longest, kScores);
+  if (longest < capacity) capacity = round_up(longest > 0 ? longest : 1, kScores);
   const bool is_trivial = trivial(p.mask);
   const int64_t total = p.num_items * p.heads_k;
 #pragma omp parallel num_threads(p.threads)
