@@ -9,12 +9,14 @@ from types import ModuleType
 import pytest
 import torch
 
+from mmfast.testing.bench import settle_allocator
 from mmfast.testing.cases import Case, Contest
 
 
 @functools.lru_cache(maxsize=1)
 def contest_of(case: Case) -> Contest:
     """Built and checked once for all contestants of a case."""
+    settle_allocator()
     contest = case.make(torch.device("cpu"))
     contest.check()
     return contest

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 
 SAMPLE = 2e-3  # seconds: what is faster is repeated within one sample
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def interleaved(
@@ -38,6 +41,18 @@ def interleaved(
         for name in random.Random(i).sample(sorted(functions), len(functions)):
             times[name].append(_sample(functions[name], calls[name], clock))
     return times
+
+
+def settle_allocator() -> None:
+    """Fixes what glibc otherwise arrives at by chance: blocks from 32 MiB on get new pages, smaller ones are reused.
+
+    That is where its moving threshold ends once such a block was freed. Until then who gets new pages, which cost more
+    than the work on them, depends on who ran before. Other allocators are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _sample(function: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:

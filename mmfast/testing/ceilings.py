@@ -7,7 +7,7 @@ of which as many go into fresh memory (`clone`) as the case allocates, the other
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,10 +21,9 @@ SECONDS = 4e-3  # of one arithmetic measurement
 def ceiling_of(case: Case, contest: Contest, device: torch.device) -> tuple[str, float, Callable[[], object]] | None:
     """Name, work and function of the case's ceiling; None where there is none."""
     if case.ceiling == "memory":
-        fresh = contest.fresh
-        there = int(contest.work) // 2 - fresh
-        name = "copy" if not fresh else "clone" if not there else "clone and copy"
-        return name, contest.work, _copy(fresh, there, device)
+        there = int(contest.work) // 2 - sum(contest.fresh)
+        name = "copy" if not contest.fresh else "clone" if not there else "clone and copy"
+        return name, contest.work, _copy(contest.fresh, there, device)
     if case.ceiling == "arithmetic" and device.type == "cpu" and _native.cpu_refusal is None:
         bf16 = case.dtype == torch.bfloat16
         rounds = _rounds(bf16)
@@ -33,14 +32,14 @@ def ceiling_of(case: Case, contest: Contest, device: torch.device) -> tuple[str,
     return None
 
 
-def _copy(fresh: int, there: int, device: torch.device) -> Callable[[], object]:
-    source, other = (torch.ones(n, dtype=torch.uint8, device=device) for n in (fresh, there))
+def _copy(fresh: Sequence[int], there: int, device: torch.device) -> Callable[[], object]:
+    *sources, other = (torch.ones(n, dtype=torch.uint8, device=device) for n in (*fresh, there))
     target = torch.ones_like(other)
 
     def run():
         if there:
             target.copy_(other)
-        return source.clone() if fresh else None
+        return [source.clone() for source in sources]
 
     return run
 

@@ -62,7 +62,21 @@ def losses(result: dict) -> list[str]:
         lines.append("slower than a peer: no case")
     shares = sorted((row for row in rows if row.get("ceiling")), key=lambda row: row["share"])
     lines += [f"{row['share']:.0%} of {row['ceiling']['name']}: {row['name']}" for row in shares[:5]]
-    return lines
+    return lines + [f"measured while the machine was busy, do not trust: {name}" for name in busy(result)]
+
+
+def busy(result: dict) -> list[str]:
+    """Rows beside which the machine's arithmetic fell by a fifth: something else was running."""
+    found = []
+    for row in result["cases"]:
+        ceiling = row.get("ceiling")
+        if (
+            ceiling
+            and row["unit"] == "FLOP/s"
+            and ceiling["rate"] < 0.8 * result["ceilings"][ceiling["name"]]["median"]
+        ):
+            found.append(row["name"])
+    return found
 
 
 def markdown(result: dict) -> str:

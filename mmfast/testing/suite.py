@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import statistics
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from mmfast.testing import cases, ceilings, machine, memory
-from mmfast.testing.bench import interleaved
+from mmfast.testing.bench import interleaved, settle_allocator
 from mmfast.testing.cases import Case
 
 CEILING = "ceiling"
@@ -102,12 +103,13 @@ def run(
     only: Sequence[str] = (),
     quick: bool = False,
     device: torch.device | str = "cpu",
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = functools.partial(print, flush=True),
 ) -> dict:
     """All chosen cases; returns the whole result, ready for JSON."""
     from mmfast.testing.report import line
 
     device = torch.device(device)
+    settle_allocator()
     result = machine.describe() | {"suite": device.type, "quick": quick, "only": list(only)}
     result["absent"] = machine.absent_peers()
     products: dict[str, list[float]] = {}

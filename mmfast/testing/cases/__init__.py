@@ -8,7 +8,7 @@ case, add to it:
         peers = {"torch": lambda: torch.sort(x).values}
         ours = lambda: mmfast.sort(x)
         check = lambda: agree([ours()], [torch.sort(x.double()).values], [torch.sort(x).values], results(peers))
-        return Contest(ours, peers, check, work=2 * x.nbytes, fresh=x.nbytes)
+        return Contest(ours, peers, check, work=2 * x.nbytes, fresh=(x.nbytes,))
 
     Case("sort", "1M numbers", "forward", torch.float32, ("torch",), make, ceiling="memory")
 """
@@ -37,14 +37,14 @@ class Contest:
         peers: name -> the way of others. The suite takes out those that cannot run here.
         check: raises AssertionError where the results of `ours` and of `peers` do not agree.
         work: useful operations of one run, or bytes that it must move, as the case's ceiling says.
-        fresh: bytes that are written into memory that one run allocates.
+        fresh: bytes of each large tensor that one run allocates and returns.
     """
 
     ours: Callable[[], object]
     peers: dict[str, Callable[[], object]]
     check: Callable[[], None]
     work: float = 0.0
-    fresh: int = 0
+    fresh: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
