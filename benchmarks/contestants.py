@@ -9,14 +9,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from mmfast.testing.bench import settle_allocator
+from mmfast.testing.bench import set_allocator
 from mmfast.testing.cases import Case, Contest
 
 
 @functools.lru_cache(maxsize=1)
 def contest_of(case: Case) -> Contest:
     """Built and checked once for all contestants of a case."""
-    settle_allocator()
+    set_allocator(case.new_pages)
     contest = case.make(torch.device("cpu"))
     contest.check()
     return contest
@@ -24,7 +24,8 @@ def contest_of(case: Case) -> Contest:
 
 def benchmarks_of(*modules: ModuleType) -> Callable:
     """A test function over every case and contestant of these modules."""
-    pairs = [(case, who) for module in modules for case in module.cases() for who in ("mmfast", *case.peers)]
+    cases = sorted((case for module in modules for case in module.cases()), key=lambda case: not case.new_pages)
+    pairs = [(case, who) for case in cases for who in ("mmfast", *case.peers)]
 
     @pytest.mark.parametrize("case, who", [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}") for pair in pairs])
     def test(benchmark, case, who):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 
 SAMPLE = 2e-3  # seconds: what is faster is repeated within one sample
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def interleaved(
@@ -43,16 +43,18 @@ def interleaved(
     return times
 
 
-def settle_allocator() -> None:
-    """Fixes what glibc otherwise arrives at by chance: blocks from 32 MiB on get new pages, smaller ones are reused.
+def set_allocator(new_pages: bool) -> None:
+    """Makes glibc behave the same for everybody: blocks of 1 MiB and more always get new pages, or never.
 
-    That is where its moving threshold ends once such a block was freed. Until then who gets new pages, which cost more
-    than the work on them, depends on who ran before. Other allocators are left as they are.
+    By itself it does either, as the blocks before happened to lie, and new pages can cost more than the work on them.
+    True can only come before False, which lets the heap grow. Other allocators are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    if mallopt is None:
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    mallopt(M_MMAP_MAX, 1 << 16 if new_pages else 0)
+    mallopt(M_TRIM_THRESHOLD, 1 << 20 if new_pages else (1 << 31) - 1)
 
 
 def _sample(function: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:

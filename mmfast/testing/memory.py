@@ -51,7 +51,7 @@ def attention(tokens: int):
         out = mmfast.attention(q, k, v, load.layout_q, load.layout_k, load.mask)
         return out, torch.autograd.grad(out, (q, k, v), dout)
 
-    return step, 4 * q.nbytes + 4 * q.shape[0] * q.shape[1], f"attention, {tokens // 1000}k tokens"
+    return step, 4 * q.nbytes + 4 * q.shape[0] * q.shape[1], f"attention, {tokens // 1024}k tokens"
 
 
 def contrastive(n: int):
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
     threads, name, *sizes = arguments
     torch.set_num_threads(int(threads))
     make = {"attention": attention, "contrastive": contrastive}[name]
-    make(1000)[0]()  # libraries and threads are there before anything is measured
+    make(1024)[0]()  # libraries and threads are there before anything is measured
     for size in map(int, sizes):
         step, needed, title = make(size)
         before = resident()

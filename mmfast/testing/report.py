@@ -32,7 +32,8 @@ def line(row: dict) -> str:
     text += f" {rate(row['rate'], row['unit']):>12}" if row["rate"] and row["op"] != "call" else " " * 13
     share = row["ceiling"] and f"{row['share']:4.0%} of {row['ceiling']['name']}"
     text += f"  {share or '':26}"
-    return text + "  " + ", ".join(f"{name} {ratio(r)}" for name, r in row["ratios"].items())
+    text += "  " + ", ".join(f"{name} {ratio(r)}" for name, r in row["ratios"].items())
+    return text + (f"  (spread {row['spread']['mmfast']:.0%})" if row["spread"]["mmfast"] > 0.1 else "")
 
 
 def memory_line(row: dict) -> str:
@@ -89,7 +90,7 @@ def markdown(result: dict) -> str:
         f"{result['date'][:10]}; `{command(result)}`.",
         "",
         "Medians of interleaved rounds. A cell: time; rate and share of the ceiling measured beside it; how many times",
-        "as long each peer takes.",
+        "as long each peer takes. Where a row does not speak of new pages, the allocator keeps and reuses memory.",
     ]
     rows = [row for row in result["cases"] if "failed" not in row]
     for op in dict.fromkeys(row["op"] for row in rows):

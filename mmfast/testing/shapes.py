@@ -165,8 +165,8 @@ def tiny(batch: int = 256, heads: int = 12, dim: int = 64, seed: int = 0) -> Wor
     return Workload("tiny samples", layout, layout, ModalityMask.full(), heads, heads, dim, "full")
 
 
-def documents(tokens: int, heads: int = 2, dim: int = 64) -> Workload:
+def documents(tokens: int, heads: int = 4, dim: int = 64) -> Workload:
     """Packed documents of always the same two lengths, causal: visible cells grow as the tokens do."""
-    pattern = (137, 863)
+    pattern = (137, 887)
     layout = Layout.from_lengths(pattern * (tokens // sum(pattern)))
-    return Workload(f"{tokens // 1000}k tokens", layout, layout, ModalityMask.causal(), heads, heads, dim, "causal")
+    return Workload(f"{tokens // 1024}k tokens", layout, layout, ModalityMask.causal(), heads, heads, dim, "causal")

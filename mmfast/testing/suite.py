@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import statistics
 import sys
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from mmfast.testing import cases, ceilings, machine, memory
-from mmfast.testing.bench import interleaved, settle_allocator
+from mmfast.testing.bench import interleaved, set_allocator
 from mmfast.testing.cases import Case
 
 CEILING = "ceiling"
@@ -56,6 +55,7 @@ def run_case(case: Case, effort: Effort, device: torch.device) -> dict:
         "measured": case.measured,
         "dtype": case.dtype_name,
     }
+    set_allocator(case.new_pages)
     contest = case.make(device)
     refused = {}
     for name, peer in list(contest.peers.items()):
@@ -86,6 +86,7 @@ def run_case(case: Case, effort: Effort, device: torch.device) -> dict:
     row |= {"seconds": seconds, "ratios": ratios, "best_peer": best, "best_ratio": ratios[best] if best else None}
     row |= {"work": contest.work, "unit": "B/s" if case.ceiling == "memory" else "FLOP/s"}
     row["rate"] = contest.work / seconds["mmfast"] if contest.work else None
+    row["spread"] = {name: _spread(t) for name, t in times.items()}
     row["ceiling"] = None
     if ceiling:
         name, work, _ = ceiling
@@ -96,6 +97,12 @@ def run_case(case: Case, effort: Effort, device: torch.device) -> dict:
     return {**row, "rounds": times}
 
 
+def _spread(times: Sequence[float]) -> float:
+    """Half of the rounds lie in a range that is this share of their median."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    return (high - low) / middle
+
+
 def run(
     chosen: Sequence[Case],
     effort: Effort,
@@ -103,13 +110,12 @@ def run(
     only: Sequence[str] = (),
     quick: bool = False,
     device: torch.device | str = "cpu",
-    say: Callable[[str], None] = functools.partial(print, flush=True),
+    say: Callable[[str], None] = print,
 ) -> dict:
     """All chosen cases; returns the whole result, ready for JSON."""
     from mmfast.testing.report import line
 
     device = torch.device(device)
-    settle_allocator()
     result = machine.describe() | {"suite": device.type, "quick": quick, "only": list(only)}
     result["absent"] = machine.absent_peers()
     products: dict[str, list[float]] = {}
@@ -120,13 +126,14 @@ def run(
 
     rows = []
     with progress(len(chosen), say) as tell:
-        for i, case in enumerate(chosen):
+        for i, case in enumerate(sorted(chosen, key=lambda case: not case.new_pages)):
             if i % 25 == 0:
                 measure_products()
             rows.append(run_case(case, effort, device))
             tell(line(rows[-1]))
         measure_products()
-    result["cases"] = rows
+    place = {case.name: i for i, case in enumerate(chosen)}
+    result["cases"] = rows = sorted(rows, key=lambda row: place[row["name"]])
     result["ceilings"] = summary(rows, products)
     wanted = not only or any(name.lower() in memory.NAME for name in only)
     result["memory"] = memory.measure(contrastive=not quick) if wanted and device.type == "cpu" else []
@@ -175,7 +182,8 @@ class progress:
     def tell(self, text: str) -> None:
         self.count += 1
         if self.bar is None:
-            return self.say(f"{self.count:3}/{self.total} {text}")
+            self.say(f"{self.count:3}/{self.total} {text}")
+            return sys.stdout.flush()
         self.bar.clear()
         self.say(text)
         self.bar.update()

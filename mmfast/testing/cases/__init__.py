@@ -60,6 +60,7 @@ class Case:
         make: device -> contest.
         ceiling: "arithmetic" (multiply-adds on registers), "memory" (a copy of as many bytes) or "" (none).
         quick: also part of `--quick`.
+        new_pages: large tensors get new pages of the system each time; else the allocator keeps and reuses memory.
     """
 
     op: str
@@ -70,6 +71,7 @@ class Case:
     make: Callable[[torch.device], Contest]
     ceiling: str = ""
     quick: bool = True
+    new_pages: bool = False
 
     @property
     def dtype_name(self) -> str:

@@ -18,15 +18,15 @@ from mmfast.testing import shapes
 from mmfast.testing.cases import DTYPES, Case, Contest, agree, leaves, results
 from mmfast.testing.shapes import Workload, one_sample
 
+FUSION = "early fusion, 6 documents, 4k tokens"
+FLEX = ("flex_attention",)  # on a CPU it has no backward pass
 WORKLOADS = {
     "dense 8x12x512x64": partial(shapes.dense, 8, 512, 12, 64),
     "dense 4x8x1024x128": partial(shapes.dense, 4, 1024, 8, 128),
     "causal 8x12x512x64": partial(shapes.causal, 8, 512, 12, 64),
     "causal 4x8x1024x128": partial(shapes.causal, 4, 1024, 8, 128),
     "ragged cross-attention, text onto image": shapes.cross_attention,
-    "early fusion, 6 documents, 4k tokens": partial(
-        shapes.early_fusion, seed=4, images=(2, 4), patches=(64, 144, 256), text=200
-    ),
+    FUSION: partial(shapes.early_fusion, seed=4, images=(2, 4), patches=(64, 144, 256), text=200),
     "Q-Former, 32 queries onto 257": partial(shapes.q_former, 8, 32, 257),
     "Q-Former, 32 queries onto 1024": partial(shapes.q_former, 8, 32, 1024),
     "Flamingo, text onto latest image": shapes.flamingo,
@@ -161,7 +161,23 @@ def _loop(load: Workload, packed: Sequence[Tensor]):
     return function, leaves(packed), lambda x, side: x
 
 
-PEERS = {"SDPA": _padded, "SDPA padded": _padded, "SDPA loop": _loop}
+def _flex(load: Workload, packed: Sequence[Tensor]):
+    """FlexAttention over all tokens as one sequence, compiled, for rule CAUSAL within each sample."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    device, total = packed[0].device, packed[0].shape[0]
+    sample, time = load.layout_q.samples().to(device), load.layout_q.times().to(device)
+
+    def visible(_, head, i, j):
+        return (sample[i] == sample[j]) & (time[j] <= time[i])
+
+    mask = create_block_mask(visible, None, None, total, total, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    inputs = [x.transpose(0, 1)[None].contiguous() for x in packed]
+    return partial(compiled, block_mask=mask), inputs, lambda x, side: x[0].transpose(0, 1)
+
+
+PEERS = {"flex_attention": _flex, "SDPA": _padded, "SDPA padded": _padded, "SDPA loop": _loop}
 
 
 def _look_somewhere(mask: Tensor) -> Tensor:
