@@ -430,12 +430,12 @@ def test_opcheck(kind):
     norm = kwargs["norm"] or (None, None)
     arguments = [tokens, layout.source, layout.modality, layout.position, kwargs["type_embedding"].requires_grad_(),
                  tables, [0, 2, 3, 3], list(parts), 1 if kind else 0, norm[0], norm[1], 1e-5]  # fmt: skip
-    torch.library.opcheck(_pack, arguments)
+    torch.library.opcheck(_pack.op, arguments)
     arguments = convert(arguments, torch.Tensor.detach)
     tokens = arguments[0]
     x, mean, rstd = _pack(*arguments)
     torch.library.opcheck(
-        _pack_backward,
+        _pack_backward.op,
         [torch.randn_like(x), tokens if kind else [], *arguments[1:11], mean, rstd, [t.shape[0] for t in tokens],
          [True, False, True, True, True, False, True, bool(kind), False]],
     )  # fmt: skip

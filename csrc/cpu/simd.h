@@ -12,8 +12,11 @@
 #define MMFAST_VECTOR_BYTES 16
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
+// g++ 12 takes the undefined sources of its own unmasked AVX-512 intrinsics for a mistake.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 namespace mmfast {
@@ -145,12 +148,17 @@ MMFAST_INLINE float max_lane(vf v) {
   return lane[0];
 }
 
-// 2^x for x <= 127, relative error below 3e-7; 0 from about -126 on down, NaN for NaN.
+// 2^x for x <= 127, relative error below 3e-7; 0 for -inf, NaN for NaN. Below -126 it is 0 or gradually 0.
 MMFAST_INLINE vf exp2_approx(vf x) {
+#if defined(__AVX512F__)
+  const __m512 v = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // the second operand where one is NaN
+  const __m512 power = _mm512_roundscale_ps(v, 8);
+  const vf f = (vf)_mm512_sub_ps(v, power);
+#else
   const vf clamped = vmax(vmin(x, splat(127.0f)), splat(-127.0f));
-  const vf shifted = clamped + splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer in the low bits
-  const vf whole = shifted - splat(12582912.0f);
-  const vf f = clamped - whole;  // in [-0.5, 0.5]
+  const vf shifted = clamped + splat(12582912.0f);        // 1.5 * 2^23: rounds to an integer in the low bits
+  const vf f = clamped - (shifted - splat(12582912.0f));  // in [-0.5, 0.5]
+#endif
   vf p = splat(1.5353362e-4f);
   p = p * f + splat(1.3398874e-3f);
   p = p * f + splat(9.6184370e-3f);
@@ -158,9 +166,13 @@ MMFAST_INLINE vf exp2_approx(vf x) {
   p = p * f + splat(2.4022648e-1f);
   p = p * f + splat(6.9314720e-1f);
   p = p * f + splat(1.0f);
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, power);
+#else
   const vi exponent = ((vi)shifted - 0x4b400000) << 23;
   const vf scaled = (vf)((vi)p + exponent);
   return select(x < splat(-126.0f), splat(0.0f), select(x != x, x, scaled));
+#endif
 }
 
 MMFAST_INLINE vf exp_approx(vf x) {

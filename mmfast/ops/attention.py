@@ -127,15 +127,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3:
-            raise ValueError(f"attention: {name} must be [T, heads, D], got {list(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"attention: {name} has dtype {x.dtype}; expected a floating-point dtype")
-        if x.dtype != q.dtype:
-            raise TypeError(f"attention: {name} has dtype {x.dtype}, q has {q.dtype}; convert them to one dtype")
-        if x.device != q.device:
-            raise ValueError(f"attention: {name} is on {x.device}, q on {q.device}; move them to one device")
+    alike = q.dim() == k.dim() == v.dim() == 3 and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
+    if not alike or not q.is_floating_point():
+        _explain_tensors(q, k, v)
     if q.shape[2] % 8 or not 8 <= q.shape[2] <= 256:
         raise ValueError(f"attention: D is {q.shape[2]}; expected a multiple of 8 up to 256; pad q, k and v with zeros")
     if k.shape != v.shape:
@@ -172,6 +166,18 @@ def _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed) 
             raise ValueError(f"attention: dropout_seed is on {dropout_seed.device}, q on {q.device}; move it there")
 
 
+def _explain_tensors(q, k, v) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3:
+            raise ValueError(f"attention: {name} must be [T, heads, D], got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"attention: {name} has dtype {x.dtype}; expected a floating-point dtype")
+        if x.dtype != q.dtype:
+            raise TypeError(f"attention: {name} has dtype {x.dtype}, q has {q.dtype}; convert them to one dtype")
+        if x.device != q.device:
+            raise ValueError(f"attention: {name} is on {x.device}, q on {q.device}; move them to one device")
+
+
 # torch.library
 
 _LAYOUTS = ", ".join(
@@ -187,8 +193,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _forward_cpu(q, k, v, *rest):
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     _native.cpu().attention_forward(_rows(q), _rows(k), _rows(v), out, lse, rest[:5], rest[5:10], *rest[10:])
     return out, lse
 
@@ -214,7 +220,7 @@ def _autograd(ctx, dout, dlse):
 
 
 def _backward_cpu(dout, q, k, v, out, lse, *rest):
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _native.cpu().attention_backward(
         _rows(dout), _rows(q), _rows(k), _rows(v), out, lse, dq, dk, dv, rest[:5], rest[5:10], *rest[10:]
     )

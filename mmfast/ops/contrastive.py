@@ -16,7 +16,7 @@ from mmfast.reference import contrastive as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGN = 16  # features are padded with zeros to a multiple of this
-_KEPT_PRODUCTS = 1 << 22  # what InfoNCE keeps for its backward pass at most, 16 MiB: more would cost page faults
+_KEPT_PRODUCTS = 1 << 24  # what InfoNCE keeps for its backward pass at most: 64 MiB
 
 
 def contrastive_loss(
@@ -189,18 +189,17 @@ def _codes(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, T
 
 
 def _products(x, y, gradients):
-    """Room for x y^T until the backward pass, rows of whole panels of 64; of no size where it is not kept."""
-    n, m = x.shape[0], y.shape[0]
-    kept = gradients and n * m <= _KEPT_PRODUCTS
-    return x.new_empty((n, (m + 63) // 64 * 64) if kept else (0, 0), dtype=torch.float32)
+    """Room for rows of x y^T until the backward pass, in panels of 64 columns; of no size where none are kept."""
+    panels = (y.shape[0] + 63) // 64
+    kept = min(x.shape[0], _KEPT_PRODUCTS // (64 * panels)) if gradients else 0
+    return x.new_empty((panels, kept, 64), dtype=torch.float32)
 
 
 def _infonce_cpu(x, y, scale, ids_x, ids_y, offset, gradients):
     row, diagonal = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     column, products = torch.empty(y.shape[0], dtype=torch.float32), _products(x, y, gradients)
     codes = _codes(ids_x, ids_y)
-    kept = products if products.numel() else None
-    _native.cpu().contrastive_forward(x, y, scale, None, *codes, offset, False, row, column, diagonal, kept)
+    _native.cpu().contrastive_forward(x, y, scale, None, *codes, offset, False, row, column, diagonal, products)
     return row, column, diagonal, products
 
 
@@ -230,8 +229,8 @@ def _sigmoid_fake(x, y, scale, bias, ids_x, ids_y, offset, gradients):
 def _gradients(
     x, y, scale, bias, ids_x, ids_y, offset, row, column, products, grads, need_x=True, need_y=True, loss=None
 ):
-    dx = torch.zeros(x.shape if need_x else (0, 0), dtype=torch.float32)
-    dy = torch.zeros(y.shape if need_y else (0, 0), dtype=torch.float32)
+    dx = torch.empty(x.shape if need_x else (0, 0), dtype=torch.float32)
+    dy = torch.empty(y.shape if need_y else (0, 0), dtype=torch.float32)
     dscale, dbias = torch.empty(1), torch.empty(1)
     grads = [g.contiguous() for g in grads] + [None, None]
     _native.cpu().contrastive_backward(
@@ -256,8 +255,7 @@ def _gradients(
 
 
 def _backward_cpu(x, y, scale, ids_x, ids_y, offset, row, column, products, grads, need_x, need_y):
-    kept = products if products.numel() else None
-    return _gradients(x, y, scale, None, ids_x, ids_y, offset, row, column, kept, grads, need_x, need_y)[:3]
+    return _gradients(x, y, scale, None, ids_x, ids_y, offset, row, column, products, grads, need_x, need_y)[:3]
 
 
 def _backward_fake(x, y, scale, ids_x, ids_y, offset, row, column, products, grads, need_x, need_y):
@@ -290,13 +288,15 @@ def _setup_infonce(ctx, inputs, output):
     x, y, scale, ids_x, ids_y, ctx.offset, _ = inputs
     row, column, _, products = output
     ctx.mark_non_differentiable(products)
+    ctx.set_materialize_grads(False)  # zeros as large as the products
     ctx.save_for_backward(x, y, scale, ids_x, ids_y, row, column, products)
 
 
 def _infonce_backward(ctx, *grads):
     *saved, row, column, products = ctx.saved_tensors
     need_x, need_y, need_scale, *_ = ctx.needs_input_grad
-    dx, dy, dscale = _backward(*saved, ctx.offset, row, column, products, list(grads[:3]), need_x, need_y)
+    grads = [torch.zeros_like(like) if g is None else g for g, like in zip(grads, (row, column, row))]
+    dx, dy, dscale = _backward(*saved, ctx.offset, row, column, products, grads, need_x, need_y)
     return *(g if need else None for g, need in ((dx, need_x), (dy, need_y), (dscale, need_scale))), *[None] * 4
 
 

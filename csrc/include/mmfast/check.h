@@ -25,6 +25,7 @@ void check(bool condition, const Parts&... parts) {
 inline void check_tensor(const char* op, const char* name, const TensorView& t, DType dtype, int ndim) {
   check(t.present(), op, ": ", name, " is missing; expected a tensor");
   check(t.device == Device::cpu, op, ": ", name, " is not on the CPU; move it there or use another backend");
+  check(t.data || t.numel() == 0, op, ": ", name, " has no memory; it is no ordinary tensor");
   check(t.dtype == dtype, op, ": ", name, " has dtype ", name_of(t.dtype), "; expected ", name_of(dtype));
   check(t.ndim == ndim, op, ": ", name, " has ", t.ndim, " dimensions; expected ", ndim);
 }
