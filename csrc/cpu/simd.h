@@ -12,7 +12,7 @@
 #define MMFAST_VECTOR_BYTES 16
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 // g++ 12 takes the undefined sources of its own unmasked AVX-512 intrinsics for a mistake.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -75,11 +75,19 @@ MMFAST_INLINE void store(float* p, vf v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// The conversions are intrinsics because GCC splits __builtin_convertvector into two halves and joins them
+// again.
 MMFAST_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__)
+  return (vf)((vu)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return (vf)((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   vh half;
   std::memcpy(&half, p, sizeof half);
   const vu bits = __builtin_convertvector(half, vu) << 16;
   return (vf)bits;
+#endif
 }
 MMFAST_INLINE void store(bf16* p, vf v) {
 #if defined(__AVX512BF16__)
@@ -90,7 +98,12 @@ MMFAST_INLINE void store(bf16* p, vf v) {
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vu quiet = (bits >> 16) | 0x40u;
   const vu nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
-  const vh half = __builtin_convertvector((quiet & nan) | (rounded & ~nan), vh);
+  const vu bits16 = (quiet & nan) | (rounded & ~nan);
+#if defined(__AVX512F__)
+  const vh half = (vh)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits16);  // without mask GCC 12 warns
+#else
+  const vh half = __builtin_convertvector(bits16, vh);
+#endif
   std::memcpy(p, &half, sizeof half);
 #endif
 }
