@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,7 +155,7 @@ def test_the_command_end_to_end(toys, tmp_path, capsys):
     assert result["ceilings"]["copy, in the cache"]["low"] <= result["ceilings"]["copy, in the cache"]["high"]
 
     table = (tmp_path / "results.md").read_text()
-    assert "| toy | fp32 forward |" in table and "them **0.33x**" in table and "lies" in table
+    assert "| toy | fp32 forward |" in table and "them **0.33x**" in table and "| lies | **wrong** |" in table
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in rows)
     assert (tmp_path / "results.png").stat().st_size > 1000
@@ -193,6 +196,21 @@ def test_scaling_is_reported_and_drawn(tmp_path):
     assert "1000 ps at 1k tokens" in text and "10% above the smallest" in text
     picture.draw({"cases": rows}, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_every_aim_speaks_of_a_case_and_a_peer():
+    path = Path(__file__).resolve().parents[1] / "benchmarks/aims.py"
+    if not path.exists():
+        pytest.skip("benchmarks are not part of this copy")
+    aims = runpy.run_path(str(path))
+    for name, against, *_ in aims["AIMS"]:
+        fitting = [case for case in cases.all_cases() if fnmatch.fnmatchcase(case.name, name)]
+        assert fitting, name
+        if against not in ("best", "ceiling"):
+            assert any(against in case.peers for case in fitting), (name, against)
+    row = {"name": "pack/x/forward/fp32", "op": "pack", "dtype": "fp32", "ratios": {"torch chain": 2.5}, "share": 0.9}
+    result = {"cases": [row | {"best_ratio": 2.5}], "memory": []}
+    assert aims["missed"](result) == ["pack/x/forward/fp32: 2.50 of 3.00 (torch chain)"]
 
 
 def test_peers_that_are_absent_have_a_reason():

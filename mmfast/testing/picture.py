@@ -21,7 +21,7 @@ def draw(result: dict, path: Path) -> None:
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2 if curve else 1, 2, height_ratios=[0.42 * len(labels) + 1, 3] if curve else None)
     ratios, shares = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
-    kinds = list(dict.fromkeys((row["dtype"], row["measured"] in ("forward", "step")) for row in rows))
+    kinds = sorted({(row["dtype"], row["measured"] in ("forward", "step")) for row in rows}, reverse=True)
     height = 0.8 / max(1, len(kinds))
     for i, (dtype, first) in enumerate(kinds):
         mine = [row for row in rows if (row["dtype"], row["measured"] in ("forward", "step")) == (dtype, first)]

@@ -15,7 +15,8 @@ def duration(seconds: float) -> str:
 
 
 def rate(value: float, unit: str) -> str:
-    return f"{value / 1e9:.3g} G{unit}"
+    giga = value / 1e9
+    return f"{giga:.0f} G{unit}" if giga >= 100 else f"{giga:.3g} G{unit}"
 
 
 def ratio(value: float, bold: bool = False) -> str:
@@ -92,7 +93,7 @@ def markdown(result: dict) -> str:
         "Medians of interleaved rounds. A cell: time; rate and share of the ceiling measured beside it; how many times",
         "as long each peer takes. Where a row does not speak of new pages, the allocator keeps and reuses memory.",
     ]
-    rows = [row for row in result["cases"] if "failed" not in row]
+    rows = result["cases"]
     for op in dict.fromkeys(row["op"] for row in rows):
         text += ["", *table(op, [row for row in rows if row["op"] == op])]
     if spread := scaling(rows):
@@ -109,8 +110,9 @@ def markdown(result: dict) -> str:
 
 
 def command(result: dict) -> str:
-    parts = ["mmfast bench", "--quick" if result["quick"] else "", *(f"--only {name}" for name in result["only"])]
-    return " ".join([*filter(None, parts), f"--threads {result['machine']['threads']}"])
+    only = ["--only", *(f"'{name}'" if " " in name else name for name in result["only"])] if result["only"] else []
+    quick = ["--quick"] if result["quick"] else []
+    return " ".join(["mmfast bench", *quick, *only, "--threads", str(result["machine"]["threads"])])
 
 
 def table(op: str, rows: Sequence[dict]) -> list[str]:
@@ -126,6 +128,8 @@ def table(op: str, rows: Sequence[dict]) -> list[str]:
 
 
 def cell(row: dict) -> str:
+    if "failed" in row:
+        return "**wrong**"
     parts = [duration(row["seconds"]["mmfast"])]
     if row["ceiling"]:
         parts.append(f"{rate(row['rate'], row['unit'])} {row['share']:.0%}")
