@@ -62,7 +62,7 @@ asan: $(VENV)/.environment
 	  $(BIN)/python setup.py -q build_ext --build-temp build/asan --build-lib build/asan/lib
 	rm -rf build/asan/package && mkdir -p build/asan/package
 	cp -r mmfast build/asan/package/ && cp build/asan/lib/mmfast/_cpu*.so build/asan/package/mmfast/
-	cp -r tests build/asan/package/
+	cp -r tests kernels build/asan/package/
 	cd build/asan/package && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  PYTHONPATH=. $(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" \

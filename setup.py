@@ -157,7 +157,8 @@ def ninja_file(target: Path, python_include: list[str]) -> str:
 
 
 setup(
-    packages=find_packages(include=["mmfast", "mmfast.*"]),
+    packages=[*find_packages(include=["mmfast", "mmfast.*"]), "mmfast.kernels"],
+    package_dir={"mmfast": "mmfast", "mmfast.kernels": "kernels"},
     ext_modules=[Extension("mmfast._cpu", sources=[])],
     cmdclass={"build_ext": BuildNative},
 )

@@ -12,6 +12,7 @@ import torch
 
 import mmfast
 from mmfast import _native
+from mmfast.ops import _dispatch
 
 EXTRAS = {
     "data": ("PIL", "fontTools", "resvg_py", "soundfile", "tqdm"),
@@ -61,11 +62,23 @@ def _backends() -> dict[str, str]:
         lines["cpu"] = f"runs; instruction set {module.isa()} of {', '.join(compiled)} that this machine can run"
     else:
         lines["cpu"] = f"refused: {_native.cpu_refusal}"
-    lines["triton, cuda"] = "not in this version of mmfast; on a GPU every op runs on the reference"
+    lines["triton"] = _triton()
+    lines["cuda"] = "not in this version of mmfast"
     lines["reference"] = "runs everywhere (plain PyTorch, slow)"
     if forced := os.environ.get("MMFAST_BACKEND"):
         lines["MMFAST_BACKEND"] = f"{forced} is forced for every op"
     return lines
+
+
+def _triton() -> str:
+    if _dispatch.no_triton is not None:
+        return f"refused: {_dispatch.no_triton}"
+    if _dispatch.interpreted:
+        return 'interpreted on the CPU (TRITON_INTERPRET=1), for tests: only where backend="triton" is asked for'
+    if not torch.cuda.is_available():
+        return "refused: there is no GPU that torch can use; TRITON_INTERPRET=1 interprets the kernels on the CPU"
+    reason = _dispatch.gpu_refusal(torch.cuda.current_device())
+    return f"refused: {reason}" if reason else "runs on the GPU"
 
 
 def _data_sets() -> dict[str, str]:

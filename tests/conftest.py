@@ -1,7 +1,16 @@
-"""Every test draws the same numbers in every run and in any order."""
+"""Every test draws the same numbers in every run and in any order; without a GPU, Triton's kernels are interpreted."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton or mmfast is imported
+
+from mmfast.testing.checkout import use_kernels
+
+use_kernels()
 
 
 @pytest.fixture(autouse=True)

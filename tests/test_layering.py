@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ ALLOWED = {
     "compat": {"layout", "mask", "ops", "nn"},
     "integrations": {"layout", "mask", "ops", "nn", "compat"},
     "info": {"_native", "ops", "data"},
-    "testing": {"layout", "mask", "_native", "ops", "nn", "reference", "models", "data"},
+    "testing": {"layout", "mask", "_native", "kernels", "ops", "nn", "reference", "models", "data"},
     "cli": {"train", "data", "info", "tasks", "testing"},
     "__main__": {"cli"},
     "__init__": {"layout", "mask", "ops", "nn", "adversarial"},
@@ -54,6 +55,7 @@ def imports(path: Path) -> set[str]:
 
 
 PYTHON_FILES = sorted((ROOT / "mmfast").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -75,6 +77,19 @@ def test_low_layers_never_import_the_package_itself():
         layer = path.relative_to(ROOT / "mmfast").parts[0].removesuffix(".py")
         if layer in ("layout", "mask", "_native", "reference", "ops", "kernels", "backends"):
             assert "mmfast" not in imports(path), f"{path.relative_to(ROOT)} imports mmfast itself"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
+def test_kernels_import_torch_and_triton_only(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name} imports relatively"
+            found.add(node.module)
+    foreign = {n for n in found if n.split(".")[0] not in {*sys.stdlib_module_names, "torch", "triton"}}
+    assert all(n.startswith("mmfast.kernels") for n in foreign), f"{path.name} imports {foreign}"
 
 
 def test_only_native_imports_compiled_modules():
@@ -107,6 +122,10 @@ def test_an_op_has_the_same_stem_everywhere():
     ops = {p.stem for p in (ROOT / "mmfast/ops").glob("[a-z]*.py")}
     bindings = {p.stem for p in (ROOT / "csrc/bindings").glob("*.cpp")} - {"module"}
     assert bindings <= ops, f"bindings without an op: {bindings - ops}"
+    kernels = {p.stem for p in KERNELS if not p.stem.startswith("_")}
+    assert kernels <= ops, f"Triton kernels without an op: {kernels - ops}"
+    for kernel in sorted(kernels):
+        assert (ROOT / f"tests/test_triton_{kernel}.py").exists(), f"kernels/{kernel}.py has no tests"
     for op in sorted(ops):
         assert (ROOT / f"mmfast/reference/{op}.py").exists(), f"{op} has no reference"
         assert (ROOT / f"tests/test_{op}.py").exists(), f"{op} has no tests"

@@ -19,7 +19,7 @@ USE_IT = (
     "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')];"
     "import torch, mmfast; layout = mmfast.Layout.from_lengths([3, 0, 5]);"
     "x = torch.randn(8, 2, 8); out = mmfast.attention(x, x, x, layout); assert out.shape == x.shape;"
-    "print(mmfast.__file__, 'ran')"
+    "import mmfast.kernels; print(mmfast.__file__, mmfast.kernels.__file__, 'ran')"
 )
 
 
@@ -51,6 +51,7 @@ def test_sdist_holds_the_sources(sdist):
     with tarfile.open(sdist) as archive:
         names = {"/".join(n.split("/")[1:]) for n in archive.getnames()}
     wanted = sources("mmfast/**/*.py") | sources("csrc/**/*.cpp") | sources("csrc/**/*.h") | sources("tests/*.py")
+    wanted |= sources("kernels/*.py") | sources("tests/*.txt")
     wanted |= {"setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt"}
     assert not wanted - names, f"missing from the sdist: {sorted(wanted - names)}"
     assert not [n for n in names if n.endswith((".so", ".o", ".pyc"))]
@@ -68,8 +69,9 @@ def test_wheel_from_the_sdist_is_complete_and_runs_elsewhere(sdist, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert not sources("mmfast/**/*.py") - names
+    assert not {f"mmfast/{name}" for name in sources("kernels/*.py")} - names
     assert any(n.startswith("mmfast/_cpu") and n.endswith(".so") for n in names)
-    assert not [n for n in names if n.startswith(("tests/", "csrc/", "benchmarks/"))]
+    assert not [n for n in names if n.startswith(("tests/", "csrc/", "benchmarks/", "kernels/"))]
     site = tmp_path / "site"
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel, cwd=tmp_path)
     printed = run(sys.executable, "-c", USE_IT, cwd=tmp_path, PYTHONPATH=str(site))
@@ -89,6 +91,32 @@ def test_without_a_compiler_the_package_installs_says_so_and_works(sdist, tmp_pa
     printed = run(sys.executable, "-c", USE_IT, cwd=tmp_path, PYTHONPATH=str(site), PATH=str(empty))
     assert str(site) in printed
     assert "reference backend" in printed, "falling back must be logged"
+
+
+def test_the_kernels_folder_is_importable_under_its_own_name_only():
+    command = [sys.executable, "-c", "import kernels"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode and "its name is mmfast.kernels" in result.stderr
+
+
+@pytest.mark.slow
+def test_an_editable_installation_finds_the_kernels(tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("mmfast", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", site]
+    run(*install, "-e", tree, cwd=tmp_path, MMFAST_BUILD_CPU="0")
+    # This checkout's own editable finder bears the same name.
+    code = (
+        "import sys, site; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')];"
+        "[sys.modules.pop(name) for name in list(sys.modules) if '__editable__' in name];"
+        f"sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r});"
+        "import mmfast.kernels; print(mmfast.kernels.__file__)"
+    )
+    assert str(tree / "kernels") in run(sys.executable, "-c", code, cwd=tmp_path)
 
 
 def test_setup_py_imports_no_torch():

@@ -8,6 +8,7 @@ reference with one log line per op and reason, never silently.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -18,9 +19,12 @@ from mmfast import _native
 
 logger = logging.getLogger("mmfast")
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 _forced: str | None = os.environ.get("MMFAST_BACKEND") or None
+# Triton reads the variable when kernels are defined, so that it cannot change later.
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+no_triton = None if importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
 _logged: set[tuple[str, str]] = set()
 
 
@@ -62,6 +66,8 @@ def choose(op: str, backend: str | None, refusals: dict[str, Callable[[], str | 
     reasons = []
     for name, refusal in refusals.items():
         reason = refusal()
+        if reason is None and name == "triton" and interpreted:
+            reason = 'interpreted kernels are slow and run only with backend="triton" or MMFAST_BACKEND=triton'
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
@@ -85,4 +91,36 @@ def cpu_refusal(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str 
             return f"the tensors are on {t.device}, not on the CPU"
         if t.dtype not in dtypes:
             return f"dtype {str(t.dtype).removeprefix('torch.')} is not supported by the CPU kernels"
+    return None
+
+
+def triton_refusal(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or None: no triton, no GPU it compiles for, another dtype.
+
+    Under TRITON_INTERPRET=1 they take tensors on the CPU (and only those, and no bfloat16, whose products the
+    interpreter gets wrong).
+    """
+    if no_triton is not None:
+        return no_triton
+    for t in tensors:
+        name = str(t.dtype).removeprefix("torch.")
+        if t.dtype not in dtypes:
+            return f"dtype {name} is not supported by the Triton kernels"
+        if interpreted:
+            if t.device.type != "cpu":
+                return f"TRITON_INTERPRET=1 runs kernels on the CPU, and the tensors are on {t.device}"
+            if t.dtype == torch.bfloat16:
+                return "Triton's interpreter gets products in bfloat16 wrong"
+        elif t.device.type != "cuda":
+            return f"the tensors are on {t.device}, not on a GPU"
+        elif (reason := gpu_refusal(t.device)) is not None:
+            return reason
+    return None
+
+
+def gpu_refusal(device: torch.device | int) -> str | None:
+    """Why the GPU kernels cannot run on this device, or None: NVIDIA from sm_80 on, or AMD."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None and properties.major < 8:
+        return f"{properties.name} is sm_{properties.major}{properties.minor}; sm_80 or newer is needed"
     return None

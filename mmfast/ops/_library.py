@@ -16,29 +16,50 @@ def define(
     schema: str,
     *,
     cpu: Callable,
+    triton: Callable | None = None,
     fake: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> Callable:
     """Registers `mmfast::<schema>` and returns a function that runs it; the default overload is its attribute `op`.
 
-    The function calls `cpu` itself where nothing would look at the call on its way through the dispatcher, whose Python
+    The function calls the implementation itself where nothing would look at the call on its way through the dispatcher, whose Python
     layers cost more than a small kernel.
+
+    An op with Triton kernels has one more argument, `str backend`, last in its schema: "cpu" or "triton", as
+    `_dispatch.choose` said. The implementations and the fake do not get it; `setup_context` finds it in `inputs[-1]`,
+    and the gradient formula passes it on to the backward op.
 
     Args:
         schema: name and signature in torch's schema language.
         cpu: implementation over CPU tensors. It counts the versions of tensors that it changes.
+        triton: implementation by Triton kernels, over tensors on a GPU, or on the CPU where kernels are interpreted.
         fake: shapes and dtypes of the outputs, for torch.compile and export.
         setup_context, backward: the autograd formula, as for torch.library.register_autograd.
     """
     name = schema[: schema.index("(")]
     _library.define(schema)
-    _library.impl(name, cpu, "CPU")
+    run = cpu
+    if triton is None:
+        _library.impl(name, cpu, "CPU")
+    else:
+        if "str backend) ->" not in schema:
+            raise ValueError(f"define: {name} has Triton kernels, so its last argument must be 'str backend'")
+
+        def run(*args):
+            if args[-1] == "cpu":
+                return cpu(*args[:-1])
+            with torch.cuda.device_of(_first_tensor(args)):  # Triton launches on the current device
+                return triton(*args[:-1])
+
+        _library.impl(name, run, "CPU")
+        _library.impl(name, run, "CUDA")  # PyTorch's name for AMD's GPUs too
+        fake = _without_backend(fake)
     torch.library.register_fake(f"mmfast::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"mmfast::{name}", backward, setup_context=setup_context, lib=_library)
     op = getattr(torch.ops.mmfast, name).default
-    function = None if setup_context is None else _function(name, op._schema, cpu, setup_context, backward)
+    function = None if setup_context is None else _function(name, op._schema, run, setup_context, backward)
     takes_lists = "Tensor[]" in schema.partition("->")[0]
 
     def call(*args):
@@ -50,7 +71,7 @@ def define(
                 return op(*args)
             differentiable |= tensor.requires_grad
         if not differentiable or not torch.is_grad_enabled():
-            return cpu(*args)
+            return run(*args)
         if function is None:  # a formula that raises is left to the dispatcher
             return op(*args)
         sizes = _sizes(args) if takes_lists else None
@@ -82,7 +103,7 @@ def _tensors(args: Sequence) -> Iterator[Tensor]:
 
 
 def _function(
-    name: str, schema: torch.FunctionSchema, cpu: Callable, setup_context: Callable, backward: Callable
+    name: str, schema: torch.FunctionSchema, run: Callable, setup_context: Callable, backward: Callable
 ) -> type[torch.autograd.Function]:
     """The formula as a torch.autograd.Function, which takes lists of tensors one by one."""
     gives_list = str(schema.returns[0].type) == "List[Tensor]"
@@ -91,7 +112,7 @@ def _function(
         args, asked = flat, ctx.needs_input_grad[1:]
         if sizes is not None:
             args, asked = _nested(flat, sizes), _nested(asked, sizes)
-        output = cpu(*args)
+        output = run(*args)
         ctx.sizes_of_args, ctx.needs_input_grad = sizes, asked
         setup_context(ctx, args, output)
         return output if isinstance(output, Tensor) else tuple(output)
@@ -121,6 +142,18 @@ def _flat(args: Iterable, sizes: Sequence[int | None]) -> Iterator:
 def _nested(flat: Sequence, sizes: Sequence[int | None]) -> tuple:
     rest = iter(flat)
     return tuple(next(rest) if size is None else list(itertools.islice(rest, size)) for size in sizes)
+
+
+def _without_backend(function: Callable) -> Callable:
+    return lambda *args: function(*args[:-1])
+
+
+def _first_tensor(args) -> Tensor:
+    for a in args:
+        for x in a if isinstance(a, (list, tuple)) else (a,):
+            if isinstance(x, Tensor):
+                return x
+    raise ValueError("no tensor among the arguments")
 
 
 def no_double_backward(op: str) -> Callable:
