@@ -241,13 +241,13 @@ _TUNED = {
     },
     "sm_90": {
         "statistics": (256, 64, 64, 8, 3),
-        "statistics masked": (128, 64, 64, 8, 3),
+        "statistics masked": (128, 64, 32, 8, 3),
         "derivatives": (128, 128, 64, 8, 3),
         "derivatives masked": (128, 64, 64, 8, 3),
         "multiply": (128, 256, 64, 8, 3),
     },
 }
-_TUNED["sm_100"] = _TUNED["sm_90"]
+_TUNED["sm_100"] = {**_TUNED["sm_90"], "statistics": (128, 64, 64, 8, 3)}
 _SMALL = (64, 64, 64, 4, 3)  # few pairs: more tiles
 _FLOAT32 = (64, 32, 32, 4, 2)  # three passes of TF32, whose operands take more registers
 

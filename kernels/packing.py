@@ -18,26 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels._common import Config, Example
+from mmfast.kernels._rows import alignment, row_of, scatter_rows
 
 MAX_DIM = 16384  # a row is held by one program
 _LAYER = tl.constexpr(1)
-
-
-@triton.jit
-def _row_of(pointers, strides, first, size, at, exists, ALIGN: tl.constexpr):
-    """Pointer to rows of the concatenation of several tensors `[R]`, and whether there is such a row.
-
-    ALIGN: bytes; a choice by a tensor hides from the compiler what all pointers are multiples of.
-    """
-    base = pointers[0] + tl.zeros_like(at)
-    offset = tl.zeros_like(at)
-    there = at != at
-    for m in tl.static_range(len(pointers)):
-        mine = exists & (at >= first[m]) & (at < first[m] + size[m])
-        base = tl.where(mine, pointers[m], base)
-        offset = tl.where(mine, (at - first[m]) * strides[m], offset)
-        there = there | mine
-    return tl.multiple_of(base + offset, ALIGN), there
 
 
 @triton.jit
@@ -47,7 +31,7 @@ def _row_sum(
 ):  # fmt: skip
     """The sum before the norm, float32 `[R, BLOCK_D]`."""
     wide = (column < D)[None, :]
-    line, there = _row_of(tokens, token_row, first, size, source, exists, ALIGN)
+    line, there = row_of(tokens, token_row, first, size, source, exists, ALIGN)
     x = tl.load(line[:, None] + column[None, :], mask=there[:, None] & wide, other=0.0).to(tl.float32)
     if type_embedding is not None:
         line = type_embedding + part.to(tl.int64) * D
@@ -156,7 +140,7 @@ def _backward(
                 d -= (tl.sum(d, 1) / D)[:, None]
             d = tl.where(mask, (d - y * along[:, None]) * scale, 0.0)
         if dtokens is not None:
-            pointer, there = _row_of(dtokens, dtoken_row, first, dtoken_size, at, exists, ALIGN)
+            pointer, there = row_of(dtokens, dtoken_row, first, dtoken_size, at, exists, ALIGN)
             tl.store(
                 pointer[:, None] + column[None, :],
                 d.to(pointer.dtype.element_ty),
@@ -218,36 +202,7 @@ def _join(key, carry, out, rows, chunk_rows, D: tl.constexpr, BLOCK_D: tl.conste
             tl.store(out + mine.to(tl.int64) * D + column, total, mask=column < D)
 
 
-@triton.jit(do_not_specialize=["rows", "x_first", "x_size", "out_first", "out_size"])
-def _gather(
-    x, x_row, x_first, x_size, index, out, out_row, out_first, out_size, rows, width,
-    FILL: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    at = tl.load(index + row, mask=row < rows, other=-1).to(tl.int64)
-    wide = (column < width)[None, :]
-    source, there = _row_of(x, x_row, x_first, x_size, at, row < rows, ALIGN)
-    fill = tl.full([ROWS, BLOCK], FILL, x[0].dtype.element_ty)
-    value = tl.load(source[:, None] + column[None, :], mask=there[:, None] & wide, other=fill)
-    target, there = _row_of(out, out_row, out_first, out_size, row, row < rows, ALIGN)
-    tl.store(target[:, None] + column[None, :], value, mask=there[:, None] & wide)
-
-
-@triton.jit(do_not_specialize=["rows", "out_rows"])
-def _invert(index, out, rows, out_rows, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    at = tl.load(index + i, mask=i < rows, other=-1)
-    tl.store(out + at, i, mask=(at >= 0) & (at < out_rows))
-
-
 # Launchers
-
-
-def _alignment(tensors: Sequence[Tensor]) -> int:
-    """Bytes that every row begins at a multiple of: 16 or 1."""
-    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
-    return 16 if aligned else 1
 
 
 def _described(tokens, sizes, position, tables, table_first) -> dict:
@@ -311,7 +266,7 @@ def pack_forward(
         rows=rows,
         D=dim,
         NORM=norm,
-        ALIGN=_alignment(tokens),
+        ALIGN=alignment(tokens),
         **_described(tokens, [t.shape[0] for t in tokens], position, tables, table_first),
         **config.options(),
     )
@@ -388,7 +343,7 @@ def pack_backward(
             chunk_rows=chunk_rows,
             D=dim,
             NORM=norm,
-            ALIGN=_alignment([*tokens, *given]),
+            ALIGN=alignment([*tokens, *given]),
             **described,
             **config.options(),
         )
@@ -450,57 +405,6 @@ class _Runs:
             self.dtype_embedding.copy_(self.type_total)
         for g, begin, size in self.results:
             g.copy_(self.table_total[begin : begin + size])
-
-
-def gather_rows(x: Sequence[Tensor], index: Tensor, value: float, out: Sequence[Tensor]) -> None:
-    """out[i] = x[index[i]], or `value` where index[i] names no row: rows of the concatenations of x and of out.
-
-    Args:
-        x, out: tensors `[N_m, W]` or `[N_m]`, rows any stride apart.
-        index: int64 `[sum of out's rows]`.
-    """
-    x, out = ([t if t.dim() == 2 else t[:, None] for t in some] for some in (x, out))
-    rows, width = index.shape[0], out[0].shape[1]
-    if rows == 0 or width == 0:
-        return
-    block = min(1024, triton.next_power_of_2(width))
-    config = Config({"ROWS": max(1, 1024 // block), "BLOCK": block})
-
-    def described(name: str, tensors: Sequence[Tensor]) -> dict:
-        sizes = [t.shape[0] for t in tensors]
-        return {
-            name: tuple(tensors),
-            f"{name}_row": tuple(t.stride(0) for t in tensors),
-            f"{name}_first": tuple(sum(sizes[:m]) for m in range(len(sizes))),
-            f"{name}_size": tuple(sizes),
-        }
-
-    _gather[(triton.cdiv(rows, config.constants["ROWS"]), triton.cdiv(width, block))](
-        index=index,
-        rows=rows,
-        width=width,
-        ALIGN=_alignment([*x, *out]),
-        FILL=value if out[0].is_floating_point() else int(value),
-        **described("x", x),
-        **described("out", out),
-        **config.options(),
-    )
-
-
-def scatter_rows(x: Tensor, index: Tensor, out: Sequence[Tensor]) -> None:
-    """out[index[i]] = x[i]; rows that no index names are zero. No row may be named twice.
-
-    Args:
-        x: `[N, W]` or `[N]`, rows any stride apart.
-        index: int64 `[N]`, rows of the concatenation of out; negative: the row is dropped.
-    """
-    rows = sum(t.shape[0] for t in out)
-    inverse = torch.full((rows,), -1, dtype=torch.int64, device=x.device)
-    if index.shape[0] and rows:
-        _invert[(triton.cdiv(index.shape[0], 1024),)](
-            index, inverse, index.shape[0], rows, **Config({"BLOCK": 1024}).options()
-        )
-    gather_rows([x], inverse, 0.0, out)
 
 
 def examples() -> list[Example]:

@@ -20,7 +20,7 @@ IDS = lambda c: "+".join(c) or "plain"  # noqa: E731
 @pytest.fixture(params=[True, False], ids=["one pass", "passes"])
 def one_pass(request, monkeypatch):
     """Small units lie in one tile; without that, they take the passes of large ones."""
-    from mmfast.kernels import perturbation as kernels
+    from mmfast.kernels import _perturbation_tiles as kernels
 
     if not request.param:
         monkeypatch.setattr(kernels, "WHOLE", 0)

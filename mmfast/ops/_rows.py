@@ -64,7 +64,7 @@ def _gather_cpu(x: Tensor, index: Tensor, value: float) -> Tensor:
 
 
 def _gather_triton(x: Tensor, index: Tensor, value: float) -> Tensor:
-    from mmfast.kernels import packing as kernels
+    from mmfast.kernels import _rows as kernels
 
     out = x.new_empty(index.shape[0], *x.shape[1:])
     kernels.gather_rows([_two(_dense_rows(x))], index.contiguous(), value, [_two(out)])
@@ -78,7 +78,7 @@ def _scatter_cpu(x: Tensor, index: Tensor, rows: int) -> Tensor:
 
 
 def _scatter_triton(x: Tensor, index: Tensor, rows: int) -> Tensor:
-    from mmfast.kernels import packing as kernels
+    from mmfast.kernels import _rows as kernels
 
     out = x.new_empty(rows, *x.shape[1:])
     kernels.scatter_rows(_two(_dense_rows(x)), index.contiguous(), [_two(out)])
