@@ -52,10 +52,14 @@ def test_edge_lengths(length):
     check(tensors(length + 3, length + 3, 32, norm=True), [layout_of([length, 0, 3])])
 
 
-def test_no_rows_and_many_heads():
+def test_no_rows_and_many_heads(monkeypatch):
+    from mmfast.kernels import rotary as kernels
+
     check(tensors(0, 0, 16, norm=True), [layout_of([])])
     check(tensors(0, 0, 16, norm=True), [layout_of([0, 0])])
-    check(tensors(5, 5, 16, heads=(7, 3), norm=True), [layout_of([5])])  # a program for each head
+    for programs in (1, 3, 100):  # which share the heads
+        monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+        check(tensors(5, 5, 16, heads=(7, 3), norm=True), [layout_of([5])])
 
 
 def test_sections_base_and_start():
