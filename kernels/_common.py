@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import os
+from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
 import torch
 import triton
 from triton.runtime.driver import driver
+
+logger = logging.getLogger("mmfast")
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -31,12 +35,14 @@ class Example(NamedTuple):
     """A launch that `python -m mmfast.testing.aot` compiles in advance: `examples()` of each file lists them.
 
     `run` calls a launcher with small tensors on the CPU, whose values nobody reads: dtypes, sizes and options choose
-    what is compiled. The kernels named in `wgmma` must use Hopper's matrix instructions.
+    what is compiled. The kernels named in `wgmma` must use Hopper's matrix instructions. The tests compile the `quick`
+    ones for sm_80 and sm_90, and the first one of each file for the other targets.
     """
 
     label: str
     run: Callable[[], object]
     wgmma: tuple[str, ...] = ()
+    quick: bool = True
 
 
 def architecture() -> str:
@@ -50,3 +56,22 @@ def architecture() -> str:
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; a fixed number where there is none, so that interpreted kernels split their work too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+_AUTOTUNE = os.environ.get("MMFAST_AUTOTUNE") == "1" and not INTERPRETED
+_fastest: dict[Hashable, Config] = {}
+
+
+def tuned(key: Hashable, config: Config, candidates: Iterable[Config], launch: Callable[[Config], None]) -> None:
+    """Launches with `config`. With MMFAST_AUTOTUNE=1: with the fastest of it and the candidates, which are timed at the
+    first call with this key (which waits for the device)."""
+    if _AUTOTUNE and key not in _fastest:
+        times = {}
+        for number, candidate in enumerate([config, *candidates]):
+            try:
+                times[number] = triton.testing.do_bench(lambda c=candidate: launch(c), warmup=5, rep=20)
+            except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+                continue
+        _fastest[key] = [config, *candidates][min(times, key=times.get)]
+        logger.info("%s: %s", key, _fastest[key])
+    launch(_fastest.get(key, config))

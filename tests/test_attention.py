@@ -385,9 +385,9 @@ def test_opcheck():
     )
     q, k, v, _ = (x.requires_grad_() for x in inputs(layout, heads=2, heads_k=1, dim=16))
     fields = [getattr(layout, f) for f in ("cu_seqlens", "seqused", "modality", "time", "start")]
-    arguments = (q, k, v, *fields, *fields, ModalityMask.causal().table(), -1, -1, 0.25, 0.0, 0.0, None)
+    arguments = (q, k, v, *fields, *fields, ModalityMask.causal().table(), -1, -1, 0.25, 0.0, 0.0, None, "cpu")
     torch.library.opcheck(op._attention, arguments)
-    torch.library.opcheck(op._attention, (*arguments[:-2], 0.5, torch.tensor([3])))
+    torch.library.opcheck(op._attention, (*arguments[:-3], 0.5, torch.tensor([3]), "cpu"))
 
 
 def test_lse_takes_no_gradient():

@@ -75,7 +75,10 @@ def test_make_targets_that_the_readme_names_exist():
 
 
 def test_environment_variables_that_the_readme_names_are_read_somewhere():
-    sources = [p.read_text(encoding="utf-8") for p in [ROOT / "setup.py", *(ROOT / "mmfast").rglob("*.py")]]
+    sources = [
+        p.read_text(encoding="utf-8")
+        for p in [ROOT / "setup.py", *(ROOT / "mmfast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    ]
     sources += [p.read_text(encoding="utf-8") for p in (ROOT / "csrc").rglob("*.cpp")]
     for name in set(re.findall(r"MMFAST_[A-Z_]+", README)):
         assert any(name in source for source in sources), f"nothing reads {name}"

@@ -54,7 +54,7 @@ def attention(
         dropout_seed: int64, one element, on q's device; needed with dropout. The decision for (query head, sample,
             query row in the sample, key row in the sample) is a Philox number: equal on all backends and in backward.
         return_lse: also return the logarithm of the softmax's denominator.
-        backend: "cpu" or "reference"; None: chosen.
+        backend: "cpu", "triton" or "reference"; None: chosen.
 
     Returns:
         out `[Tq, H, D]`, dtype of q (under autocast its dtype); with `return_lse` also lse float32 `[H, Tq]`, natural
@@ -79,7 +79,8 @@ def attention(
         {
             "cpu": lambda: _dispatch.cpu_refusal(
                 q, k, v, layout_q.cu_seqlens, dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.int32)
-            )
+            ),
+            "triton": lambda: _dispatch.triton_refusal(q, k, v, dtypes=(torch.float32, torch.bfloat16, torch.float16)),
         },
     )
     if chosen == "reference":
@@ -97,7 +98,7 @@ def attention(
         )
         lse = lse.float()
     else:
-        half = q.dtype == torch.float16
+        half = chosen == "cpu" and q.dtype == torch.float16
         if half:
             q, k, v = q.float(), k.float(), v.float()
         out, lse = _attention(
@@ -112,6 +113,7 @@ def attention(
             softcap,
             dropout_p,
             dropout_seed if dropout_p > 0 else None,
+            chosen,
         )
         if half:
             out = out.half()
@@ -178,7 +180,8 @@ _LAYOUTS = ", ".join(
     f"Tensor cu_seqlens_{side}, " + ", ".join(f"Tensor? {field}_{side}" for field in _FIELDS[1:]) for side in "qk"
 )
 _OPTIONS = (
-    "int[] rules, int window_left, int window_right, float scale, float softcap, float dropout_p, Tensor? dropout_seed"
+    "int[] rules, int window_left, int window_right, float scale, float softcap, float dropout_p, "
+    "Tensor? dropout_seed, str backend"
 )
 
 
@@ -193,14 +196,23 @@ def _forward_cpu(q, k, v, *rest):
     return out, lse
 
 
+def _forward_triton(q, k, v, *rest):
+    from mmfast.kernels import attention as kernels
+
+    out, lse = _forward_fake(q, k, v)
+    kernels.forward(q, k, v, out, lse, rest[:5], rest[5:10], *rest[10:])
+    return out, lse
+
+
 def _forward_fake(q, k, v, *rest):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
-    tensors, ctx.options = inputs[:13], inputs[13:-1]
+    *inputs, seed, ctx.backend = inputs
+    tensors, ctx.options = inputs[:13], inputs[13:]
     out, lse = output
-    ctx.save_for_backward(*tensors, inputs[-1], out, lse)
+    ctx.save_for_backward(*tensors, seed, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
@@ -208,9 +220,9 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dout, dlse):
     *inputs, seed, out, lse = ctx.saved_tensors
     if dout is None:
-        return (None,) * 20
-    dq, dk, dv = _attention_backward(dout, *inputs[:3], out, lse, *inputs[3:], *ctx.options, seed)
-    return (dq, dk, dv) + (None,) * 17
+        return (None,) * 21
+    dq, dk, dv = _attention_backward(dout, *inputs[:3], out, lse, *inputs[3:], *ctx.options, seed, ctx.backend)
+    return (dq, dk, dv) + (None,) * 18
 
 
 def _backward_cpu(dout, q, k, v, out, lse, *rest):
@@ -218,6 +230,14 @@ def _backward_cpu(dout, q, k, v, out, lse, *rest):
     _native.cpu().attention_backward(
         _rows(dout), _rows(q), _rows(k), _rows(v), out, lse, dq, dk, dv, rest[:5], rest[5:10], *rest[10:]
     )
+    return dq, dk, dv
+
+
+def _backward_triton(dout, q, k, v, out, lse, *rest):
+    from mmfast.kernels import attention as kernels
+
+    dq, dk, dv = _backward_fake(dout, q, k, v)
+    kernels.backward(dout, q, k, v, out, lse, dq, dk, dv, rest[:5], rest[5:10], *rest[10:])
     return dq, dk, dv
 
 
@@ -229,6 +249,7 @@ _attention_backward = _library.define(
     f"attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LAYOUTS}, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
+    triton=_backward_triton,
     fake=_backward_fake,
     backward=_library.no_double_backward("attention"),
 )
@@ -236,6 +257,7 @@ _attention_backward = _library.define(
 _attention = _library.define(
     f"attention(Tensor q, Tensor k, Tensor v, {_LAYOUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
     cpu=_forward_cpu,
+    triton=_forward_triton,
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_autograd,
