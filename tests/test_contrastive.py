@@ -75,12 +75,14 @@ def test_statistics_of_a_rectangle(dtype):
         args = (few, all_ids, 100)
         want = reference.infonce_statistics(x[rows].double(), y.double(), scale.double(), *args)
         peer = reference.infonce_statistics(x[rows], y, scale, *args)
-        for name, a, b, c in zip(("row", "column", "diagonal"), _infonce(x[rows], y, scale, *args, False), want, peer):
+        for name, a, b, c in zip(
+            ("row", "column", "diagonal"), _infonce(x[rows], y, scale, *args, False, "cpu"), want, peer
+        ):
             assert_close_to_oracle(name, a, b, c)
         want = reference.sigmoid_rows(x[rows].double(), y.double(), scale.double(), bias.double(), *args)
         peer = reference.sigmoid_rows(x[rows], y, scale, bias, *args)
         for gradients in (False, True):
-            got = _sigmoid(x[rows], y, scale, bias, *args, gradients)[0]
+            got = _sigmoid(x[rows], y, scale, bias, *args, gradients, "cpu")[0]
             torch.testing.assert_close(got.double(), want.mean(), rtol=1e-5, atol=(peer - want).abs().max().item())
 
 
@@ -93,7 +95,7 @@ def test_columns_that_no_row_counts_for():
     y = torch.cat([y, y[:2]])
     scale = torch.tensor(5.0, requires_grad=True)
     x.requires_grad_()
-    got, want = _infonce(x, y, scale, *args, False)[:3], reference.infonce_statistics(x, y, scale, *args)
+    got, want = _infonce(x, y, scale, *args, False, "cpu")[:3], reference.infonce_statistics(x, y, scale, *args)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert got[1][0] == -torch.inf and got[1][2].isfinite()
@@ -265,9 +267,9 @@ def test_opcheck():
     x, y, ids = features(20, 16)
     x.requires_grad_()
     scale, bias = torch.tensor(2.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
-    torch.library.opcheck(_infonce.op, (x, y, scale, ids, ids, 0, True))
-    torch.library.opcheck(_infonce.op, (x, y, scale, ids, ids, 0, False))
-    torch.library.opcheck(_sigmoid.op, (x, y, scale, bias, None, None, 0, True))
+    torch.library.opcheck(_infonce.op, (x, y, scale, ids, ids, 0, True, "cpu"))
+    torch.library.opcheck(_infonce.op, (x, y, scale, ids, ids, 0, False, "cpu"))
+    torch.library.opcheck(_sigmoid.op, (x, y, scale, bias, None, None, 0, True, "cpu"))
 
 
 @pytest.mark.parametrize(
