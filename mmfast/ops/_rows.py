@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,23 +28,23 @@ def gather(op: str, x: Tensor, index: Tensor, value: float = 0.0, backend: str |
     """out[i] = x[index[i]], or `value` where index[i] is negative. No row may be named twice."""
     if choose(op, backend, {"cpu": lambda: cpu_refusal(x, dtypes=_DTYPES)}) == "reference":
         return reference.gather_rows(x, index, value)
-    return _through(x, value, lambda x: _gather(x, index, value))
-
-
-def scatter(op: str, x: Tensor, index: Tensor, rows: int, backend: str | None = None) -> Tensor:
-    """out[index[i]] = x[i]; rows that no index names are zero, a negative index drops the row."""
-    if choose(op, backend, {"cpu": lambda: cpu_refusal(x, dtypes=_DTYPES)}) == "reference":
-        return reference.scatter_rows(x, index, rows)
-    return _through(x, 0.0, lambda x: _scatter(x, index, rows))
-
-
-def _through(x: Tensor, value: float, function) -> Tensor:
-    """Through a dtype that the kernel knows."""
     if x.dtype == torch.bool:
-        return function(x.to(torch.uint8)).bool()
+        return _gather([x.to(torch.uint8)], index, value).bool()
     if x.dtype == torch.float16 and value:
-        return function(x.float()).half()
-    return function(x)
+        return _gather([x.float()], index, value).half()
+    return _gather([x], index, value)
+
+
+def scatter(op: str, x: Tensor, index: Tensor, sizes: Sequence[int], backend: str | None = None) -> list[Tensor]:
+    """Tensors of `sizes` rows, whose concatenation has out[index[i]] = x[i].
+
+    Rows that no index names are zero, a negative index drops the row.
+    """
+    if choose(op, backend, {"cpu": lambda: cpu_refusal(x, dtypes=_DTYPES)}) == "reference":
+        return list(reference.scatter_rows(x, index, sum(sizes)).split(list(sizes)))
+    if x.dtype == torch.bool:
+        return [out.bool() for out in _scatter(x.to(torch.uint8), index, sizes)]
+    return _scatter(x, index, sizes)
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -50,43 +52,65 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 1 or x.shape[0] == 0 or x[0].is_contiguous() else x.contiguous()
 
 
-def _gather_cpu(x: Tensor, index: Tensor, value: float) -> Tensor:
-    out = x.new_empty(index.shape[0], *x.shape[1:])
-    _native.cpu().gather_rows(_dense_rows(x).flatten(1) if x.dim() > 1 else x, index, value, _two(out))
+def _gather_cpu(x: list[Tensor], index: Tensor, value: float) -> Tensor:
+    out = _native.empty(index.shape[0], *x[0].shape[1:], dtype=x[0].dtype)
+    _native.cpu().gather_rows([_two(_dense_rows(t)) for t in x], index, value, _two(out))
     return out
 
 
-def _scatter_cpu(x: Tensor, index: Tensor, rows: int) -> Tensor:
-    out = x.new_empty(rows, *x.shape[1:])
-    _native.cpu().scatter_rows(_dense_rows(x).flatten(1) if x.dim() > 1 else x, index, _two(out))
+def _scatter_cpu(x: Tensor, index: Tensor, sizes: list[int]) -> list[Tensor]:
+    out = [_native.empty(rows, *x.shape[1:], dtype=x.dtype) for rows in sizes]
+    _native.cpu().scatter_rows(_two(_dense_rows(x)), index, [_two(t) for t in out])
     return out
 
 
-def _two(out: Tensor) -> Tensor:
-    return out.flatten(1) if out.dim() > 1 else out
+def _gather_fake(x: list[Tensor], index: Tensor, value: float) -> Tensor:
+    return x[0].new_empty(index.shape[0], *x[0].shape[1:])
+
+
+def _scatter_fake(x: Tensor, index: Tensor, sizes: list[int]) -> list[Tensor]:
+    return [x.new_empty(rows, *x.shape[1:]) for rows in sizes]
+
+
+def _two(x: Tensor) -> Tensor:
+    return x.flatten(1) if x.dim() > 1 else x
 
 
 def _gather_context(ctx, inputs, output):
     x, index, _ = inputs
     ctx.save_for_backward(index)
-    ctx.rows = x.shape[0]
+    ctx.sizes = [t.shape[0] for t in x]
+
+
+def _gather_backward(ctx, grad):
+    return _scatter(grad, ctx.saved_tensors[0], ctx.sizes), None, None
 
 
 def _scatter_context(ctx, inputs, output):
-    ctx.save_for_backward(inputs[1])
+    x, index, ctx.sizes = inputs
+    ctx.save_for_backward(index)
+    ctx.like = x.shape[1:], x.dtype, x.device
+
+
+def _scatter_backward(ctx, grads):
+    shape, dtype, device = ctx.like
+    grads = [
+        torch.zeros(rows, *shape, dtype=dtype, device=device) if g is None else g for g, rows in zip(grads, ctx.sizes)
+    ]
+    return _gather(grads, ctx.saved_tensors[0], 0.0), None, None
 
 
 _gather = define(
-    "gather_rows(Tensor x, Tensor index, float value) -> Tensor",
+    "gather_rows(Tensor[] x, Tensor index, float value) -> Tensor",
     cpu=_gather_cpu,
-    fake=lambda x, index, value: x.new_empty(index.shape[0], *x.shape[1:]),
+    fake=_gather_fake,
     setup_context=_gather_context,
-    backward=lambda ctx, grad: (_scatter(grad, ctx.saved_tensors[0], ctx.rows), None, None),
+    backward=_gather_backward,
 )
 _scatter = define(
-    "scatter_rows(Tensor x, Tensor index, SymInt rows) -> Tensor",
+    "scatter_rows(Tensor x, Tensor index, SymInt[] sizes) -> Tensor[]",
     cpu=_scatter_cpu,
-    fake=lambda x, index, rows: x.new_empty(rows, *x.shape[1:]),
+    fake=_scatter_fake,
     setup_context=_scatter_context,
-    backward=lambda ctx, grad: (_gather(grad, ctx.saved_tensors[0], 0.0), None, None),
+    backward=_scatter_backward,
 )

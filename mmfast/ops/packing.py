@@ -145,7 +145,7 @@ def unpack(x: Tensor, layout: Layout, *, backend: str | None = None) -> dict[str
         backend: "cpu" or "reference"; None: automatic.
 
     Returns:
-        name -> `[Tm, ...]`. They share memory with each other.
+        name -> `[Tm, ...]`.
 
     Raises:
         ValueError: the layout does not come from `pack`, or x has another number of rows.
@@ -156,8 +156,9 @@ def unpack(x: Tensor, layout: Layout, *, backend: str | None = None) -> dict[str
         raise ValueError("unpack: the layout has no source and sizes; expected the layout that mmfast.pack returned")
     if x.dim() < 1 or x.shape[0] != layout.source.shape[0]:
         raise ValueError(f"unpack: x has shape {list(x.shape)}; expected [T, ...] with T = {layout.source.shape[0]}")
-    out = scatter("unpack", x, layout.source, x.shape[0], backend)
-    return dict(zip(layout.names, out.split(layout.sizes)))
+    if sum(layout.sizes) != x.shape[0]:
+        raise ValueError(f"unpack: the layout's sizes add up to {sum(layout.sizes)}, but x has {x.shape[0]} rows")
+    return dict(zip(layout.names, scatter("unpack", x, layout.source, layout.sizes, backend)))
 
 
 def to_padded(
@@ -301,9 +302,7 @@ def _common_dtype(dtype: torch.dtype, params: list[Tensor | None]) -> list[Tenso
 def _forward(
     tokens, source, modality, position, type_embedding, tables, table_first, names, norm, weight, bias, eps
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, mean, rstd = _forward_fake(
-        tokens, source, modality, position, type_embedding, tables, table_first, names, norm, weight, bias, eps
-    )
+    x, mean, rstd = _forward_fake(tokens, source, *[None] * 6, norm, *[None] * 3, empty=_native.empty)
     _native.cpu().pack_forward(
         tokens,
         source,
@@ -325,10 +324,22 @@ def _forward(
 
 
 def _forward_fake(
-    tokens, source, modality, position, type_embedding, tables, table_first, names, norm, weight, bias, eps
+    tokens,
+    source,
+    modality,
+    position,
+    type_embedding,
+    tables,
+    table_first,
+    names,
+    norm,
+    weight,
+    bias,
+    eps,
+    empty=torch.empty,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = source.shape[0]
-    x = tokens[0].new_empty(rows, tokens[0].shape[1])
+    x = empty(rows, tokens[0].shape[1], dtype=tokens[0].dtype, device=tokens[0].device)
     mean = tokens[0].new_empty(rows if norm == 1 else 0, dtype=torch.float32)
     rstd = tokens[0].new_empty(rows if norm else 0, dtype=torch.float32)
     return x, mean, rstd
@@ -399,13 +410,15 @@ def _backward_fake(
     rstd,
     sizes,
     needs,
+    empty=torch.empty,
 ) -> list[Tensor]:
     """Empty gradients in the order of `needs`: tokens, type_embedding, tables, weight, bias; not needed: empty."""
     shapes = [(size, dx.shape[1]) for size in sizes]
     like = [dx] * len(sizes) + [type_embedding, *tables, weight, bias]
     shapes += [None if t is None else t.shape for t in like[len(sizes) :]]
     return [
-        dx.new_empty(shape, dtype=t.dtype) if need else dx.new_empty(0) for shape, t, need in zip(shapes, like, needs)
+        empty(*shape, dtype=t.dtype, device=dx.device) if need else dx.new_empty(0)
+        for shape, t, need in zip(shapes, like, needs)
     ]
 
 
@@ -446,6 +459,7 @@ def _backward_cpu(
         rstd,
         sizes,
         needs,
+        empty=_native.empty,
     )
     wanted = [g if need else None for g, need in zip(grads, needs)]
     parts = len(sizes)

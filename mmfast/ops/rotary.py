@@ -154,7 +154,7 @@ def _rows(layout: Layout, rows: int, sections: Sequence[int]) -> tuple[Tensor, T
 
 def _forward(x, weight, weight_1, cu_seqlens, seqused, start, position, base, sections, norm, eps, interleaved):
     x = [_dense(t) for t in x]
-    out = _forward_fake(x)
+    out = [_native.empty(*t.shape, dtype=t.dtype) for t in x]
     fields = (cu_seqlens, seqused, start, position, base, sections, norm, eps, interleaved)
     _native.cpu().rotary(x, [], out, [weight, weight_1][: len(x)], [], *fields)
     return out
@@ -190,18 +190,18 @@ def _backward_cpu(
 ):
     grads, x = [_dense(g) for g in grads], [_dense(t) for t in x]
     weights = [weight, weight_1][: len(x)]
-    out = _backward_fake(grads, x, weight, weight_1)
+    out = _backward_fake(grads, x, weight, weight_1, empty=_native.empty)
     dweights = [g if w is not None else None for g, w in zip(out[len(x) :], weights)]
     fields = (cu_seqlens, seqused, start, position, base, sections, norm, eps, interleaved)
     _native.cpu().rotary(x, grads, out[: len(x)], weights, dweights, *fields)
     return out
 
 
-def _backward_fake(grads, x, weight, weight_1, *_):
+def _backward_fake(grads, x, weight, weight_1, *_, empty=torch.empty):
     """Gradients of x, then of the weights (an absent weight's is empty)."""
     weights = [weight, weight_1][: len(x)]
     return [
-        *(t.new_empty(t.shape) for t in x),
+        *(empty(*t.shape, dtype=t.dtype, device=t.device) for t in x),
         *(x[0].new_empty(0 if w is None else w.shape[0], dtype=torch.float32) for w in weights),
     ]
 
