@@ -146,7 +146,8 @@ MMFAST_INLINE void forward_heads(const RotaryParams& p, int64_t dim, const float
   }
 }
 
-// scratch: [kGroup, padded(dim)]; dweight: this chunk's partial sum, or null.
+// scratch: [1 + kGroup, padded(dim)]; dweight: this chunk's partial sum, or null, to which the heads' sum is
+// added.
 template <typename T, bool kStream>
 MMFAST_INLINE void backward_heads(const RotaryParams& p, int64_t dim, const float* weight,
                                   const Angles& angle, const Heads<T>& heads, const Heads<T>& grads, T* out,
@@ -162,6 +163,9 @@ MMFAST_INLINE void backward_heads(const RotaryParams& p, int64_t dim, const floa
   }
   float rstd[kGroup], mean[kGroup];
   rstd_of(p, dim, heads, rstd);
+  float* const of_heads = scratch;
+  scratch += padded(dim);
+  if (dweight) std::memset(of_heads, 0, size_t(padded(dim)) * sizeof(float));
   for (int h = 0; h < heads.count; ++h) {
     const T *x = heads.x + h * heads.stride, *grad = grads.x + h * grads.stride;
     float* scaled = scratch + h * padded(dim);
@@ -171,13 +175,17 @@ MMFAST_INLINE void backward_heads(const RotaryParams& p, int64_t dim, const floa
         p, dim, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(grad + i, n); },
         [&](int64_t i, int n, vf g) MMFAST_INLINE_LAMBDA {
           const vf y = get(x + i, n) * factor;
-          if (dweight) set<false>(dweight + i, get(dweight + i, n) + g * y, n);
+          if (dweight) set<false>(of_heads + i, get(of_heads + i, n) + g * y, n);
           if (weight) g *= get(weight + i, n);
           set<false>(scaled + i, g, n);
           product += g * y;
         });
     mean[h] = sum(product) / float(dim);
   }
+  if (dweight)
+    for_each_vector(dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
+      set<false>(dweight + i, get(dweight + i, n) + get(of_heads + i, n), n);
+    });
   for (int h = 0; h < heads.count; ++h, out += dim) {
     const T* x = heads.x + h * heads.stride;
     const float *scaled = scratch + h * padded(dim), factor = rstd[h], shift = factor * mean[h];
@@ -191,7 +199,7 @@ MMFAST_INLINE void backward_heads(const RotaryParams& p, int64_t dim, const floa
 template <typename T, bool kBackward, bool kStream, int kDim>
 void run(const RotaryParams& p) {
   const int64_t dim = kDim ? kDim : p.dim;
-  const int64_t stride = padded(dim), chunks = chunks_of(p.rows), size = (2 + kGroup) * stride;
+  const int64_t stride = padded(dim), chunks = chunks_of(p.rows), size = (3 + kGroup) * stride;
   float* scratch = allocate(p.threads * size);
   float* partials = allocate(chunks * 2 * stride);
   std::memset(partials, 0, size_t(chunks * 2 * stride) * sizeof(float));
@@ -234,9 +242,9 @@ void run(const RotaryParams& p) {
   for (int i = 0; i < p.sides; ++i) {
     if (!p.side[i].dweight) continue;
     for (int64_t d = 0; d < dim; ++d) {
-      float total = 0;
-      for (int64_t c = 0; c < chunks; ++c) total += partials[(2 * c + i) * stride + d];
-      p.side[i].dweight[d] = total;
+      double total = 0;
+      for (int64_t c = 0; c < chunks; ++c) total += double(partials[(2 * c + i) * stride + d]);
+      p.side[i].dweight[d] = float(total);
     }
   }
   release(partials);
