@@ -4,7 +4,14 @@ The folder lies at the top of the source tree and is installed as `mmfast.kernel
 """
 
 if __name__ != "mmfast.kernels":
-    raise ImportError(
-        f"mmfast: the folder of Triton kernels was imported as {__name__!r}; its name is mmfast.kernels, and the name "
-        "'kernels' belongs to another project: install mmfast, or leave its source folder"
-    )
+    # Beside a source tree, transformers finds this folder where it looks for another project's package, and asks for
+    # its version: 0 is too old for it.
+    __version__ = "0"
+
+    def __getattr__(name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(
+            f"mmfast: the folder of Triton kernels was imported as {__name__!r}; its name is mmfast.kernels, and the "
+            "name 'kernels' belongs to another project: install mmfast, or leave its source folder"
+        )
