@@ -153,18 +153,6 @@ def _bound(cu_seqlens, segment, batch, rows):
 
 
 @triton.jit
-def _sample_rows(cu_seqlens, seqused, sample, batch, rows):
-    """First row of a sample and the end of its rows that exist; both 0 for rows outside the layout."""
-    inside = (sample >= 0) & (sample < batch)
-    begin = _bound(cu_seqlens, sample + 1, batch, rows)
-    end = _bound(cu_seqlens, sample + 2, batch, rows)
-    if seqused is not None:
-        end = tl.minimum(end, begin + tl.load(seqused + sample, mask=inside, other=0))
-    end = tl.maximum(begin, end)
-    return tl.where(inside, begin, 0), tl.where(inside, end, 0)
-
-
-@triton.jit
 def _or(a, b):
     return a | b
 
@@ -188,15 +176,20 @@ def _summarize_tile(
         low = tl.where(behind, low, middle)
         high = tl.where(behind, middle - 1, high)
     sample = low - 1
+    inside = (sample >= 0) & (sample < batch)
     first = _bound(cu, low, batch, rows)
     end = _bound(cu, low + 1, batch, rows)
     row = first + (tile - first // BLOCK - low) * BLOCK
     extent = tl.minimum(tl.maximum(end - row, 0), BLOCK)
-    begin, used = _sample_rows(cu, seqused, sample, batch, rows)
-    valid = tl.minimum(tl.maximum(used - row, 0), BLOCK)
-    begin_o, end_o = _sample_rows(cu_o, seqused_o, sample, batch, rows_o)
-    inside = (sample >= 0) & (sample < batch)
-    position = row - begin
+    begin_o = _bound(cu_o, low, batch, rows_o)
+    end_o = tl.maximum(_bound(cu_o, low + 1, batch, rows_o), begin_o)
+    tile_o = begin_o // OTHER_BLOCK + low
+    if seqused is not None:
+        end = tl.minimum(end, first + tl.load(seqused + sample, mask=inside, other=0))
+    if seqused_o is not None:
+        end_o = tl.minimum(end_o, begin_o + tl.maximum(tl.load(seqused_o + sample, mask=inside, other=0), 0))
+    valid = tl.where(inside, tl.minimum(tl.maximum(end - row, 0), BLOCK), 0)
+    position = row - first
     position_o = 0 * batch
     if start is not None:
         position += tl.load(start + sample, mask=inside, other=0)
@@ -243,11 +236,11 @@ def _summarize_tile(
     tl.store(record + TIME_MIN, time_min)
     tl.store(record + TIME_MAX, time_max)
     tl.store(record + POSITION, position)
-    tl.store(record + OFFSET, row - begin)
+    tl.store(record + OFFSET, row - first)
     tl.store(record + OTHER_BEGIN, begin_o)
     tl.store(record + OTHER_END, end_o)
     tl.store(record + OTHER_POSITION, position_o)
-    tl.store(record + OTHER_TILE, _bound(cu_o, low, batch, rows_o) // OTHER_BLOCK + low)
+    tl.store(record + OTHER_TILE, tile_o)
 
 
 _UNSPECIALIZED = ["rows_q", "rows_k", "batch", "tiles_q", *(f"w{i}" for i in range(16))]

@@ -74,12 +74,11 @@ def test_ragged_self_and_cross(dtype):
     check(inputs(layout, other, dtype=dtype), layout, other)
 
 
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 127, 128, 129])
 def test_edge_lengths(length):
     layout, other = Layout.from_lengths([length, 3]), Layout.from_lengths([33, 65])
     check(inputs(layout, heads=1), layout, None, ModalityMask.causal())
     check(inputs(layout, other, heads=1), layout, other)
-    check(inputs(other, layout, heads=1), other, layout)
 
 
 @pytest.mark.slow
@@ -129,7 +128,7 @@ def test_empty_samples(lengths_q, lengths_k):
 
 
 def test_many_samples():
-    lengths = torch.randint(0, 5, (60,), generator=torch.Generator().manual_seed(3))
+    lengths = torch.randint(0, 5, (40,), generator=torch.Generator().manual_seed(3))
     layout = Layout.from_lengths(lengths)
     check(inputs(layout, heads=1), layout, None, ModalityMask.causal())
 
@@ -198,7 +197,7 @@ def test_flamingo(latest):
 
 def test_sixteen_modalities_with_random_rules_and_times():
     generator = torch.Generator().manual_seed(5)
-    for number in range(4):
+    for number in range(3):
         rules = torch.randint(0, 5, (16, 16), generator=generator).tolist()
         mask = ModalityMask({(a, b): rules[a][b] for a in range(16) for b in range(16)}, window=(-1, 30 + number))
         lengths = (50, 20, 3)
@@ -369,17 +368,16 @@ def test_strided_views():
 # Few programs share their tiles among several; the order of sums is fixed
 
 
-def test_short_queries_onto_long_keys():
-    queries, keys = Layout.from_lengths([1, 7]), Layout.from_lengths([300, 170])
-    for heads, heads_k in ((2, 2), (4, 1), (3, 1)):
-        tensors = inputs(queries, keys, heads, heads_k)
-        check(tensors, queries, keys)
-        check(tensors, queries, keys, ModalityMask.full(window=(-1, 120)))
-    check(inputs(queries, keys, 4, 1), queries, keys, dropout_p=0.2, dropout_seed=torch.tensor(4))
+@pytest.mark.parametrize("heads, heads_k", [(2, 2), (4, 1), (3, 1)])
+def test_short_queries_onto_long_keys(heads, heads_k):
+    queries, keys = Layout.from_lengths([1, 7]), Layout.from_lengths([200, 130])
+    tensors = inputs(queries, keys, heads, heads_k)
+    check(tensors, queries, keys, ModalityMask.full(window=(-1, 120)))
+    check(tensors, queries, keys, dropout_p=0.2, dropout_seed=torch.tensor(4))
 
 
 def test_long_queries_onto_short_keys():
-    queries, keys = Layout.from_lengths([300, 170]), Layout.from_lengths([3, 9])
+    queries, keys = Layout.from_lengths([150, 70]), Layout.from_lengths([3, 9])
     check(inputs(queries, keys, 2, 1), queries, keys)
 
 
@@ -392,8 +390,8 @@ def test_the_number_of_parts_depends_on_shapes_only():
 
 
 def test_repeated_runs_are_bit_equal():
-    queries, keys = Layout.from_lengths([5, 33]), Layout.from_lengths([200, 65])
-    tensors = inputs(queries, keys, 4, 2)
+    queries, keys = Layout.from_lengths([5, 33]), Layout.from_lengths([130, 65])
+    tensors = inputs(queries, keys, 2, 1)
     first = results(tensors, queries, keys)
     for _ in range(2 if _dispatch.interpreted else 50):
         assert all(torch.equal(a, b) for a, b in zip(first, results(tensors, queries, keys)))
@@ -423,7 +421,7 @@ def test_compiles_once_for_ragged_batches():
         return mmfast.attention(q, k, v, layout, None, ModalityMask.causal(), backend="triton").square().sum()
 
     compiled = torch.compile(function, fullgraph=True, backend=counter)
-    for seed in range(5):
+    for seed in range(4):
         layout = Layout.from_lengths([3 + seed, 9, *[4] * seed]).to(DEVICE)
         q, k, v, _ = (x.requires_grad_() for x in inputs(layout, heads=1, seed=seed))
         loss = compiled(q, k, v, layout)

@@ -16,7 +16,7 @@ from mmfast.reference import contrastive as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGN = 16  # features are padded with zeros to a multiple of this
-_KEPT_PRODUCTS = 1 << 22  # what InfoNCE keeps for its backward pass at most, 16 MiB: more would cost page faults
+_KEPT_PRODUCTS = 1 << 24  # what InfoNCE keeps for its backward pass at most: 64 MiB
 
 
 def contrastive_loss(
@@ -37,8 +37,8 @@ def contrastive_loss(
         sigmoid: -1 / N * sum_ij log sigmoid(l_ij z_ij), l_ii = 1, l_ij = -1
 
     Scores are computed in tiles: O(N D) memory and 6 N^2 D operations for the sigmoid loss, whose gradients are made
-    with the loss in one pass. InfoNCE keeps its products for the backward pass where they fit into 16 MiB (N = 2048);
-    beyond, it computes them again: 8 N^2 D operations and O(N D) memory.
+    with the loss in one pass. InfoNCE keeps up to 64 MiB of its products for the backward pass, all of them up to
+    N = 4096; it computes the others again: up to 8 N^2 D operations, still O(N D) memory.
 
     Args:
         x, y: features `[N, D]`, N >= 1; the caller normalises them. float32, bfloat16, float16 (float64: reference).
@@ -57,7 +57,7 @@ def contrastive_loss(
         float32 scalar (float64 for float64 input). Once differentiable (reference: twice) in x, y, scale, bias.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit.
+        ValueError, TypeError: arguments that do not fit; the message says which and how to mend it.
         RuntimeError: the explicit backend cannot run.
         NotImplementedError: second derivatives of the kernels.
 
@@ -66,7 +66,7 @@ def contrastive_loss(
     op = "contrastive_loss"
     _check(op, x, y, kind, bias, ids)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         x, y = x.to(torch.get_autocast_dtype(device)), y.to(torch.get_autocast_dtype(device))
     scale = _number(op, "scale", scale, x)
     bias = _number(op, "bias", 0.0 if bias is None else bias, x)
@@ -111,6 +111,9 @@ def contrastive_loss(
 def _check(op, x, y, kind, bias, ids) -> None:
     if kind not in ("infonce", "sigmoid"):
         raise ValueError(f"{op}: kind is {kind!r}; expected 'infonce' or 'sigmoid'")
+    for name, t in (("x", x), ("y", y), *(() if ids is None else (("ids", ids),))):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
     if x.dim() != 2 or x.shape[0] < 1 or not x.is_floating_point():
         raise ValueError(f"{op}: x is {_describe(x)}; expected floating-point features [N, D] with N >= 1")
     if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
@@ -128,6 +131,8 @@ def _number(op: str, name: str, value: Tensor | float, x: Tensor) -> Tensor:
     """A tensor of no dimension, float32 unless x is float64."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{op}: {name} must be a number or a torch.Tensor, got {type(value).__name__}")
         return torch.full((), value, dtype=dtype, device=x.device)
     if value.numel() != 1 or value.device != x.device:
         raise ValueError(f"{op}: {name} is {_describe(value)} on {value.device}; expected one number on {x.device}")
@@ -195,18 +200,17 @@ def _codes(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, T
 
 
 def _products(x, y, gradients):
-    """Room for x y^T until the backward pass, rows of whole panels of 64; of no size where it is not kept."""
-    n, m = x.shape[0], y.shape[0]
-    kept = gradients and n * m <= _KEPT_PRODUCTS
-    return x.new_empty((n, (m + 63) // 64 * 64) if kept else (0, 0), dtype=torch.float32)
+    """Room for rows of x y^T until the backward pass, in panels of 64 columns; of no size where none are kept."""
+    panels = (y.shape[0] + 63) // 64
+    kept = min(x.shape[0], _KEPT_PRODUCTS // (64 * panels)) if gradients else 0
+    return x.new_empty((panels, kept, 64), dtype=torch.float32)
 
 
 def _infonce_cpu(x, y, scale, ids_x, ids_y, offset, gradients):
     row, diagonal = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     column, products = torch.empty(y.shape[0], dtype=torch.float32), _products(x, y, gradients)
     codes = _codes(ids_x, ids_y)
-    kept = products if products.numel() else None
-    _native.cpu().contrastive_forward(x, y, scale, None, *codes, offset, False, row, column, diagonal, kept)
+    _native.cpu().contrastive_forward(x, y, scale, None, *codes, offset, False, row, column, diagonal, products)
     return row, column, diagonal, products
 
 
@@ -274,8 +278,8 @@ def _sigmoid_fake(x, y, scale, bias, ids_x, ids_y, offset, gradients):
 def _gradients(
     x, y, scale, bias, ids_x, ids_y, offset, row, column, products, grads, need_x=True, need_y=True, loss=None
 ):
-    dx = torch.zeros(x.shape if need_x else (0, 0), dtype=torch.float32)
-    dy = torch.zeros(y.shape if need_y else (0, 0), dtype=torch.float32)
+    dx = torch.empty(x.shape if need_x else (0, 0), dtype=torch.float32)
+    dy = torch.empty(y.shape if need_y else (0, 0), dtype=torch.float32)
     dscale, dbias = torch.empty(1), torch.empty(1)
     grads = [g.contiguous() for g in grads] + [None, None]
     _native.cpu().contrastive_backward(
@@ -300,8 +304,7 @@ def _gradients(
 
 
 def _backward_cpu(x, y, scale, ids_x, ids_y, offset, row, column, products, grads, need_x, need_y):
-    kept = products if products.numel() else None
-    return _gradients(x, y, scale, None, ids_x, ids_y, offset, row, column, kept, grads, need_x, need_y)[:3]
+    return _gradients(x, y, scale, None, ids_x, ids_y, offset, row, column, products, grads, need_x, need_y)[:3]
 
 
 def _backward_triton(x, y, scale, ids_x, ids_y, offset, row, column, products, grads, need_x, need_y):
@@ -346,13 +349,15 @@ def _setup_infonce(ctx, inputs, output):
     x, y, scale, ids_x, ids_y, ctx.offset, _, ctx.backend = inputs
     row, column, _, products = output
     ctx.mark_non_differentiable(products)
+    ctx.set_materialize_grads(False)  # zeros as large as the products
     ctx.save_for_backward(x, y, scale, ids_x, ids_y, row, column, products)
 
 
 def _infonce_backward(ctx, *grads):
     *saved, row, column, products = ctx.saved_tensors
     need_x, need_y, need_scale, *_ = ctx.needs_input_grad
-    dx, dy, dscale = _backward(*saved, ctx.offset, row, column, products, list(grads[:3]), need_x, need_y, ctx.backend)
+    grads = [torch.zeros_like(like) if g is None else g for g, like in zip(grads, (row, column, row))]
+    dx, dy, dscale = _backward(*saved, ctx.offset, row, column, products, grads, need_x, need_y, ctx.backend)
     return *(g if need else None for g, need in ((dx, need_x), (dy, need_y), (dscale, need_scale))), *[None] * 5
 
 
