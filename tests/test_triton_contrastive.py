@@ -192,5 +192,5 @@ def test_opcheck():
     x.requires_grad_()
     scale, bias = (torch.tensor(v, device=DEVICE, requires_grad=True) for v in (2.0, 1.0))
     for gradients in (True, False):
-        torch.library.opcheck(op._infonce, (x, y, scale, ids, ids, 0, gradients, "triton"))
-    torch.library.opcheck(op._sigmoid, (x, y, scale, bias, None, None, 0, True, "triton"))
+        torch.library.opcheck(op._infonce.op, (x, y, scale, ids, ids, 0, gradients, "triton"))
+    torch.library.opcheck(op._sigmoid.op, (x, y, scale, bias, None, None, 0, True, "triton"))

@@ -213,16 +213,16 @@ def test_opcheck():
     norm: LayerNorm = kwargs["norm"]
     arguments = [tokens, layout.source, layout.modality, layout.position, kwargs["type_embedding"].requires_grad_(),
                  tables, [0, 2, 3, 3], list(parts), 1, norm.weight, norm.bias, 1e-5, "triton"]  # fmt: skip
-    torch.library.opcheck(_pack, arguments)
+    torch.library.opcheck(_pack.op, arguments)
     arguments = convert(arguments, torch.Tensor.detach)
     x, mean, rstd = _pack(*arguments)
     needs = [True, False, True, True, True, False, True, True, False]
     sizes = [t.shape[0] for t in tokens]
-    torch.library.opcheck(_pack_backward, [x, *arguments[:11], mean, rstd, sizes, needs, "triton"])
+    torch.library.opcheck(_pack_backward.op, [x, *arguments[:11], mean, rstd, sizes, needs, "triton"])
     index = torch.tensor([2, -1, 0, 5], device=DEVICE)
     rows = torch.randn(8, 3, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(torch.ops.mmfast.gather_rows.default, (rows, index, 0.5, "triton"))
-    torch.library.opcheck(torch.ops.mmfast.scatter_rows.default, (rows[:4], index, 7, "triton"))
+    torch.library.opcheck(torch.ops.mmfast.gather_rows.default, ([rows], index, 0.5, "triton"))
+    torch.library.opcheck(torch.ops.mmfast.scatter_rows.default, (rows[:4], index, [7], "triton"))
 
 
 def test_compile_with_the_other_ops():

@@ -240,7 +240,7 @@ def test_opcheck():
     x = [torch.randn(7, 8, device=DEVICE) for _ in range(5)]
     limits = torch.ones(2, device=DEVICE)
     args = ([x[0]], [x[1]], [x[2]], [x[3]], [x[4]], [None], [limits], [ends], [None], [0.1], [0.0])
-    torch.library.opcheck(_perturb, (*args, [0.0], [1.0], True, False, 0.9, 0.75, "triton"))
+    torch.library.opcheck(_perturb.op, (*args, [0.0], [1.0], True, False, 0.9, 0.75, "triton"))
     seed = torch.tensor(3, device=DEVICE)
     args = ([x[0]], [None], [None], [None], [None], [0.1], [0.0], [1.0], True, False, seed, "triton")
-    torch.library.opcheck(_random_start, args)
+    torch.library.opcheck(_random_start.op, args)

@@ -138,5 +138,5 @@ def test_opcheck():
     q, k, a, b = (t.to(DEVICE) for t in tensors(7, 7, 8, norm=True))
     layout = layout_of([4, 3], axes=2).to(DEVICE)
     fields = (layout.cu_seqlens, None, None, layout.position, 1e4, [3, 1], True, 1e-6, False, "triton")
-    torch.library.opcheck(_rotary_backward, ([q, k], [q, k], a, b, *fields))
-    torch.library.opcheck(_rotary, ([q.requires_grad_(), k.requires_grad_()], a.requires_grad_(), b, *fields))
+    torch.library.opcheck(_rotary_backward.op, ([q, k], [q, k], a, b, *fields))
+    torch.library.opcheck(_rotary.op, ([q.requires_grad_(), k.requires_grad_()], a.requires_grad_(), b, *fields))
