@@ -3,7 +3,7 @@
 #   make demo [QUICK=1]   set-up, data, training, report in runs/demo/report.html
 #   make test             set-up, every test
 #   make check            format, lint, layering
-#   make bench            set-up, every benchmark (pytest-benchmark)
+#   make bench [QUICK=1]  set-up, every op beside its peers, tables and picture in runs/bench
 #   make format           rewrites the sources in the project's style
 #   make asan             the CPU kernels' tests under AddressSanitizer and UBSan
 #   make clean            removes what was built; data and runs stay
@@ -28,7 +28,7 @@ test: $(VENV)/.built
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
 
 bench: $(VENV)/.built
-	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+	$(BIN)/mmfast bench $(if $(QUICK),--quick) --out runs/bench
 
 check: $(VENV)/.built
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""The command `mmfast`: train, eval, demo, data, info."""
+"""The command `mmfast`: train, eval, demo, bench, data, info."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_demo(commands)
+    _add_bench(commands)
     from mmfast.data.cli import add_commands
 
     add_commands(commands)
@@ -195,7 +196,7 @@ def _print(scores: dict) -> None:
         print(f"{name.ljust(width)}  {value:.2f}" if isinstance(value, float) else f"{name.ljust(width)}  {value}")
 
 
-# eval, demo, info
+# eval, demo, bench, info
 
 
 def _add_eval(commands) -> None:
@@ -240,6 +241,24 @@ def _demo(args) -> int:
     sizes = QUICK if args.quick else dataclasses.replace(Sizes(), features=not args.no_features)
     run_demo(args.out, sizes, speed=not args.no_speed)
     return 0
+
+
+def _add_bench(commands) -> None:
+    parser = commands.add_parser("bench", help="every op beside its peers and this machine's ceilings")
+    parser.add_argument("--suite", choices=("cpu", "gpu", "train"), default="cpu", help="(default cpu)")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: at most three minutes")
+    parser.add_argument(
+        "--only", nargs="+", default=(), metavar="NAME", help="cases whose name holds this, such as attention or bf16"
+    )
+    parser.add_argument("--threads", type=_positive, help="CPU threads (default torch's)")
+    parser.add_argument("--out", default=os.path.join(DEFAULT_OUT, "bench"), metavar="DIR", help="(default runs/bench)")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(args) -> int:
+    from mmfast.testing.command import bench
+
+    return bench(args.suite, args.out, quick=args.quick, only=args.only, threads=args.threads)
 
 
 def _info(args) -> int:

@@ -87,6 +87,35 @@ def test_head_dimensions(dim, dtype, isa):
     check(inputs(layout, other, dim=dim, dtype=dtype), layout, other, isa=isa)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads_k, dim, softcap", [(2, 64, 0.0), (1, 24, 0.0), (2, 136, 0.0), (2, 64, 3.0)])
+def test_few_queries_onto_many_keys(heads_k, dim, softcap, dtype, isa):
+    """Up to 128 queries of a group: scores are computed transposed, in one or two panels of 64 and chunks of keys."""
+    layout = Layout.from_lengths([1, 6, 17, 32, 64, 65, 127, 128, 129])
+    other = Layout.from_lengths([300, 129, 1, 257, 128, 2, 127, 64, 86])
+    check(inputs(layout, other, 2, heads_k, dim, dtype), layout, other, isa=isa, softcap=softcap)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [24, 64, 136])
+def test_many_queries_that_see_everything(dim, dtype, isa):
+    layout, other = Layout.from_lengths([131, 200, 290]), Layout.from_lengths([260, 70, 515])
+    check(inputs(layout, other, 1, dim=dim, dtype=dtype), layout, other, isa=isa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_queries_with_rows_that_cannot_be_read_in_place(dtype):
+    """Rows of an odd number of elements: pairs of bfloat16 would begin in the middle of one."""
+    layout, other = Layout.from_lengths([9, 20]), Layout.from_lengths([70, 33])
+    tensors = inputs(layout, other, 1, dim=64, dtype=dtype)
+    odd = [torch.nn.functional.pad(x, (0, 1))[..., :64] for x in tensors]
+    for a, b in zip(results(odd, layout, other), results(tensors, layout, other)):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    check(odd, layout, other)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, heads_k", [(4, 4), (4, 2), (6, 1), (8, 1)])
 def test_grouped_heads(heads, heads_k, dtype):
@@ -386,8 +415,8 @@ def test_opcheck():
     q, k, v, _ = (x.requires_grad_() for x in inputs(layout, heads=2, heads_k=1, dim=16))
     fields = [getattr(layout, f) for f in ("cu_seqlens", "seqused", "modality", "time", "start")]
     arguments = (q, k, v, *fields, *fields, ModalityMask.causal().table(), -1, -1, 0.25, 0.0, 0.0, None, "cpu")
-    torch.library.opcheck(op._attention, arguments)
-    torch.library.opcheck(op._attention, (*arguments[:-3], 0.5, torch.tensor([3]), "cpu"))
+    torch.library.opcheck(op._attention.op, arguments)
+    torch.library.opcheck(op._attention.op, (*arguments[:-3], 0.5, torch.tensor([3]), "cpu"))
 
 
 def test_lse_takes_no_gradient():
@@ -511,7 +540,12 @@ def bad(**changes):
         ),
         ({"mask": "causal"}, "mask must be a mmfast.ModalityMask"),
         ({"mask": ModalityMask.flamingo()}, "'text' is no modality"),
+        ({"q": None}, "q must be a torch.Tensor, got NoneType"),
+        ({"k": [1.0]}, "k must be a torch.Tensor, got list"),
+        ({"softmax_scale": float("nan")}, "softmax_scale is nan"),
         ({"softcap": -1.0}, "softcap is -1.0"),
+        ({"softcap": float("nan")}, "softcap is nan"),
+        ({"softcap": float("inf")}, "softcap is inf"),
         ({"dropout_p": 1.0}, "dropout_p is 1.0"),
         ({"dropout_p": 0.1}, "dropout needs dropout_seed"),
         ({"dropout_p": 0.1, "dropout_seed": torch.tensor(1.0)}, "dropout needs dropout_seed"),
@@ -531,6 +565,24 @@ def test_float64_needs_the_reference():
     assert mmfast.attention(*tensors, layout).dtype == torch.float64
 
 
+def test_strides_that_the_kernels_do_not_take_are_copied():
+    layout = Layout.from_lengths([3, 4])
+    q, k, v, _ = inputs(layout)
+    wide = torch.stack([q, q], -1).flatten(2)  # every column twice
+    assert torch.equal(mmfast.attention(wide[..., ::2], k, v, layout), mmfast.attention(q, k, v, layout))
+    row = q[:1].expand(q.shape)
+    assert torch.equal(mmfast.attention(row, k, v, layout), mmfast.attention(row.contiguous(), k, v, layout))
+
+
+def test_no_rows_heads_or_samples():
+    for lengths, rows, heads in [([], 0, 2), ([], 7, 2), ([0, 0], 0, 2), ([3, 4], 7, 0)]:
+        layout = Layout.from_lengths(lengths)
+        q = torch.randn(rows, heads, 16, requires_grad=True)
+        k = torch.randn(rows, 1, 16)
+        out = mmfast.attention(q, k, k, layout)
+        assert out.shape == q.shape and not torch.autograd.grad(out.sum(), q)[0].any()
+
+
 def test_the_binding_guards_memory():
     layout = Layout.from_lengths([3, 4])
     q, k, v, _ = inputs(layout)
@@ -538,6 +590,23 @@ def test_the_binding_guards_memory():
     broken.cu_seqlens[1] = 9
     with pytest.raises(ValueError, match="cu_seqlens_q decreases at sample 1"):
         mmfast.attention(q, k, v, broken)
+    for field, value, message in [
+        ("cu_seqlens", -5, r"cu_seqlens_q\[0\] is -5"),
+        ("seqused", 9, r"seqused_q\[0\] is 9; expected 0 to the sample's length 3"),
+        ("seqused", -1, r"seqused_q\[0\] is -1"),
+        ("modality", 200, r"modality_q\[0\] is 200"),
+    ]:
+        broken = dataclasses.replace(
+            Layout.from_lengths([3, 4]),
+            seqused=torch.tensor([3, 4], dtype=torch.int32),
+            modality=torch.zeros(7, dtype=torch.uint8),
+        )
+        getattr(broken, field)[0] = value
+        with pytest.raises(ValueError, match=message):
+            mmfast.attention(q, k, v, broken)
+    short = Layout.from_lengths([3, 4])
+    with pytest.raises(ValueError, match="cu_seqlens_k ends at row 7, but the tokens have 5 rows"):
+        mmfast.attention(q, k[:5], v[:5], short)
     lse, fields = torch.empty(2, 7), (layout.cu_seqlens, None, None, None, None)
     rest = (fields, fields, ModalityMask.full().table(), -1, -1, 0.1, 0.0, 0.0, None)
     forward = mmfast._native.cpu().attention_forward

@@ -160,6 +160,13 @@ def test_the_last_row_counts_in_the_summary_of_its_tile(length, rule):
         check(inputs(timed, heads=4, dim=32), timed, None, ModalityMask(default=rule))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_panels_that_nobody_sees_between_others(dtype):
+    """Each modality sees itself; its items fill whole panels of 64 keys and lie apart."""
+    layout = shapes.interleaved([[(0, 64), (1, 128), (0, 64), (1, 64), (0, 128)]], ("a", "b"))
+    check(inputs(layout, dtype=dtype), layout, None, ModalityMask({("a", "a"): "full", ("b", "b"): "full"}))
+
+
 def test_rows_that_see_nothing():
     layout, _, mask = MASKS["flamingo in place"]()
     blind = ~mask.visible(layout).any(1)

@@ -30,11 +30,12 @@ def run(*argv):
 def test_no_command_prints_help(capsys):
     assert run() == 2
     out = capsys.readouterr().out
-    assert all(name in out for name in ("train", "eval", "demo", "data", "info"))
+    assert all(name in out for name in ("train", "eval", "demo", "bench", "data", "info"))
 
 
 @pytest.mark.parametrize(
-    "argv", [("train", "emoji", "--help"), ("demo", "--help"), ("data", "--help"), ("eval", "--help")]
+    "argv",
+    [("train", "emoji", "--help"), ("demo", "--help"), ("bench", "--help"), ("data", "--help"), ("eval", "--help")],
 )
 def test_every_command_has_help(argv, capsys):
     with pytest.raises(SystemExit) as stop:

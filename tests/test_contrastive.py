@@ -1,6 +1,8 @@
 """contrastive_loss against the reference in float64, on every instruction set, and over two processes."""
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -73,12 +75,14 @@ def test_statistics_of_a_rectangle(dtype):
         args = (few, all_ids, 100)
         want = reference.infonce_statistics(x[rows].double(), y.double(), scale.double(), *args)
         peer = reference.infonce_statistics(x[rows], y, scale, *args)
-        for name, a, b, c in zip(("row", "column", "diagonal"), _infonce(x[rows], y, scale, *args, False), want, peer):
+        for name, a, b, c in zip(
+            ("row", "column", "diagonal"), _infonce(x[rows], y, scale, *args, False, "cpu"), want, peer
+        ):
             assert_close_to_oracle(name, a, b, c)
         want = reference.sigmoid_rows(x[rows].double(), y.double(), scale.double(), bias.double(), *args)
         peer = reference.sigmoid_rows(x[rows], y, scale, bias, *args)
         for gradients in (False, True):
-            got = _sigmoid(x[rows], y, scale, bias, *args, gradients)[0]
+            got = _sigmoid(x[rows], y, scale, bias, *args, gradients, "cpu")[0]
             torch.testing.assert_close(got.double(), want.mean(), rtol=1e-5, atol=(peer - want).abs().max().item())
 
 
@@ -91,7 +95,7 @@ def test_columns_that_no_row_counts_for():
     y = torch.cat([y, y[:2]])
     scale = torch.tensor(5.0, requires_grad=True)
     x.requires_grad_()
-    got, want = _infonce(x, y, scale, *args, False)[:3], reference.infonce_statistics(x, y, scale, *args)
+    got, want = _infonce(x, y, scale, *args, False, "cpu")[:3], reference.infonce_statistics(x, y, scale, *args)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert got[1][0] == -torch.inf and got[1][2].isfinite()
@@ -225,21 +229,36 @@ def test_compile(kind):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [1, 63, 200])
-def test_kept_products_change_no_bit(n, dtype, isa, monkeypatch):
+@pytest.mark.parametrize("n, kept", [(1, 1), (63, 63), (200, 200), (1100, 1100), (1100, 600)])
+def test_kept_products_change_no_bit(n, kept, dtype, isa, monkeypatch):
     from mmfast.ops import contrastive as op
 
     x, y, ids = features(n, 48, dtype)
 
-    def gradients():
+    def gradients(rows):
+        monkeypatch.setattr(op, "_KEPT_PRODUCTS", rows * 64 * ((n + 63) // 64))
         leaves = [t.detach().clone().requires_grad_() for t in (x, y, torch.tensor(9.0))]
         with _native.use_isa(isa), poisoned_empty():
             loss = mmfast.contrastive_loss(*leaves[:2], scale=leaves[2], ids=ids, backend="cpu")
             return [loss, *torch.autograd.grad(loss, leaves)]
 
-    kept = gradients()
-    monkeypatch.setattr(op, "_KEPT_PRODUCTS", 0)
-    assert all(torch.equal(a, b) for a, b in zip(kept, gradients()))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(kept), gradients(0)))
+
+
+def test_memory_grows_with_n():
+    """16,384 pairs have 1 GiB of scores; a step needs 64 MiB of kept products beside features and gradients."""
+    code = """
+import resource, torch, mmfast
+x, y = (torch.nn.functional.normalize(torch.randn(16384, 16), dim=1).requires_grad_() for _ in range(2))
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+def step(n, kind): mmfast.contrastive_loss(x[:n], y[:n], scale=5.0, kind=kind).backward()
+for kind in ("infonce", "sigmoid"): step(64, kind)
+before = peak()
+for kind in ("infonce", "sigmoid"): step(16384, kind)
+print(peak() - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 64 + 48, out.stdout
 
 
 def test_opcheck():
@@ -248,9 +267,9 @@ def test_opcheck():
     x, y, ids = features(20, 16)
     x.requires_grad_()
     scale, bias = torch.tensor(2.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
-    torch.library.opcheck(_infonce, (x, y, scale, ids, ids, 0, True))
-    torch.library.opcheck(_infonce, (x, y, scale, ids, ids, 0, False))
-    torch.library.opcheck(_sigmoid, (x, y, scale, bias, None, None, 0, True))
+    torch.library.opcheck(_infonce.op, (x, y, scale, ids, ids, 0, True, "cpu"))
+    torch.library.opcheck(_infonce.op, (x, y, scale, ids, ids, 0, False, "cpu"))
+    torch.library.opcheck(_sigmoid.op, (x, y, scale, bias, None, None, 0, True, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -263,10 +282,15 @@ def test_opcheck():
         ({"bias": 1.0}, "bias belongs to kind='sigmoid'"),
         ({"ids": torch.zeros(4)}, "ids are float32"),
         ({"scale": torch.ones(2)}, "expected one number"),
+        ({"scale": None}, "scale must be a number or a torch.Tensor, got NoneType"),
+        ({"x": [[1.0]]}, "x must be a torch.Tensor, got list"),
+        ({"ids": [1, 2, 3, 4]}, "ids must be a torch.Tensor, got list"),
+        ({"y": torch.zeros(4, 8).bfloat16()}, r"y is bfloat16 \[4, 8\]"),
+        ({"x": torch.zeros(4, 8).int(), "y": torch.zeros(4, 8).int()}, "x is int32"),
     ],
 )
 def test_errors(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         mmfast.contrastive_loss(**{"x": torch.zeros(4, 8), "y": torch.zeros(4, 8), "scale": 1.0, **change})
     double = torch.zeros(4, 8, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="float64"):

@@ -30,8 +30,8 @@ ALLOWED = {
     "compat": {"layout", "mask", "ops", "nn"},
     "integrations": {"layout", "mask", "ops", "nn", "compat"},
     "info": {"_native", "ops", "data"},
-    "testing": {"layout", "mask", "_native", "kernels", "ops", "nn", "reference"},
-    "cli": {"train", "data", "info", "tasks"},
+    "testing": {"layout", "mask", "_native", "kernels", "ops", "nn", "reference", "models", "data"},
+    "cli": {"train", "data", "info", "tasks", "testing"},
     "__main__": {"cli"},
     "__init__": {"layout", "mask", "ops", "nn", "adversarial"},
 }

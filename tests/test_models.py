@@ -1,8 +1,5 @@
 """Encoders and the multimodal model: every sample as if it were alone, absent modalities, gradients."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torch._dynamo.testing
@@ -19,6 +16,7 @@ from mmfast.models import (
 )
 from mmfast.models.stem import ConvStem
 from mmfast.nn import PackedTransformer, segment_mean
+from mmfast.testing.padded import PaddedModel, pad_input
 
 DIM = 32
 SMALL = {"dim": DIM, "heads": 4, "depth": 1, "mlp_ratio": 2}
@@ -269,24 +267,13 @@ def test_errors_name_what_is_wrong():
         ConvStem((8, 16), 16)
 
 
-def _padded_module():
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "padded.py"
-    if not path.exists():
-        pytest.skip("benchmarks are not part of this copy")
-    spec = importlib.util.spec_from_file_location("padded", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("parts", [1, 2, None])
 @pytest.mark.parametrize("attention", ["sdpa", "bmm"])
 def test_equals_the_padded_model(parts, attention):
-    padded = _padded_module()
     model = make_model().double().eval()
     inputs = {name: x.to("cpu", torch.float64) for name, x in make_inputs().items()}
-    peer = padded.PaddedModel(model, attention)
-    theirs = {name: padded.pad_input(x, parts) for name, x in inputs.items()}
+    peer = PaddedModel(model, attention)
+    theirs = {name: pad_input(x, parts) for name, x in inputs.items()}
     results = []
     for run in (lambda: model(inputs), lambda: peer(theirs, len(GRIDS))):
         model.zero_grad()

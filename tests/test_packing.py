@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import mmfast
 from mmfast import LayerNorm, Layout, Order, Part, RMSNorm, _native, from_padded, pack, to_padded, unpack
-from mmfast.ops.packing import _pack, _pack_backward
+from mmfast.ops._pack_op import _pack, _pack_backward
 from mmfast.reference import packing as reference
 from mmfast.testing.numeric import EDGE_LENGTHS, assert_close_to_oracle, poisoned_empty
 
@@ -429,19 +429,23 @@ def test_opcheck(kind):
     tables = [*kwargs["position_embedding"]["image"], kwargs["position_embedding"]["text"]]
     norm = kwargs["norm"] or (None, None)
     arguments = [tokens, layout.source, layout.modality, layout.position, kwargs["type_embedding"].requires_grad_(),
-                 tables, [0, 2, 3, 3], list(parts), 1 if kind else 0, norm[0], norm[1], 1e-5]  # fmt: skip
-    torch.library.opcheck(_pack, arguments)
+                 tables, [0, 2, 3, 3], list(parts), 1 if kind else 0, norm[0], norm[1], 1e-5, "cpu"]  # fmt: skip
+    torch.library.opcheck(_pack.op, arguments)
     arguments = convert(arguments, torch.Tensor.detach)
     tokens = arguments[0]
     x, mean, rstd = _pack(*arguments)
     torch.library.opcheck(
-        _pack_backward,
+        _pack_backward.op,
         [torch.randn_like(x), tokens if kind else [], *arguments[1:11], mean, rstd, [t.shape[0] for t in tokens],
-         [True, False, True, True, True, False, True, bool(kind), False]],
+         [True, False, True, True, True, False, True, bool(kind), False], "cpu"],
     )  # fmt: skip
     index = torch.tensor([2, -1, 0, 5])
-    torch.library.opcheck(torch.ops.mmfast.gather_rows.default, (torch.randn(8, 3, requires_grad=True), index, 0.5))
-    torch.library.opcheck(torch.ops.mmfast.scatter_rows.default, (torch.randn(4, 3, requires_grad=True), index, 7))
+    torch.library.opcheck(
+        torch.ops.mmfast.gather_rows.default, (torch.randn(8, 3, requires_grad=True), index, 0.5, "cpu")
+    )
+    torch.library.opcheck(
+        torch.ops.mmfast.scatter_rows.default, (torch.randn(4, 3, requires_grad=True), index, 7, "cpu")
+    )
 
 
 @needs_cpu

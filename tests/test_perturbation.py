@@ -294,10 +294,10 @@ def test_opcheck():
     layout = Layout.from_lengths([3, 4])
     x = [torch.randn(7, 8) for _ in range(5)]
     args = ([x[0]], [x[1]], [x[2]], [x[3]], [x[4]], [None], [torch.ones(2)], [layout.cu_seqlens], [None], [0.1], [0.0])
-    args += ([0.0], [1.0], True, False, 0.9, 0.75)
-    torch.library.opcheck(_perturb, args)
-    args = ([x[0]], [None], [None], [None], [None], [0.1], [0.0], [1.0], True, False, torch.tensor(3))
-    torch.library.opcheck(_random_start, args)
+    args += ([0.0], [1.0], True, False, 0.9, 0.75, "cpu")
+    torch.library.opcheck(_perturb.op, args)
+    args = ([x[0]], [None], [None], [None], [None], [0.1], [0.0], [1.0], True, False, torch.tensor(3), "cpu")
+    torch.library.opcheck(_random_start.op, args)
 
 
 @pytest.mark.parametrize(

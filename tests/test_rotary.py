@@ -246,10 +246,10 @@ def test_second_derivative_raises():
 def test_opcheck():
     q, k, a, b = tensors(7, 7, 8, norm=True)
     layout = layout_of([4, 3], axes=2)
-    fields = (layout.cu_seqlens, None, None, layout.position, 1e4, [3, 1], True, 1e-6, False)
-    torch.library.opcheck(_rotary_backward, ([q, k], [q, k], a, b, *fields))
-    torch.library.opcheck(_rotary_backward, ([q], [q], None, None, *fields))
-    torch.library.opcheck(_rotary, ([q.requires_grad_(), k.requires_grad_()], a.requires_grad_(), b, *fields))
+    fields = (layout.cu_seqlens, None, None, layout.position, 1e4, [3, 1], True, 1e-6, False, "cpu")
+    torch.library.opcheck(_rotary_backward.op, ([q, k], [q, k], a, b, *fields))
+    torch.library.opcheck(_rotary_backward.op, ([q], [q], None, None, *fields))
+    torch.library.opcheck(_rotary.op, ([q.requires_grad_(), k.requires_grad_()], a.requires_grad_(), b, *fields))
 
 
 @needs_cpu

@@ -91,8 +91,20 @@ void check_lse(const char* op, AttentionParams& p, const TensorView& lse) {
   p.lse = lse.ptr<float>();
 }
 
-void run(void (*kernel)(const AttentionParams&), const AttentionParams& p) {
+// Fewer operations than this are done before a second thread has woken.
+constexpr int64_t kWorkOfTeam = 1 << 21;
+
+// Rows and keys of all items, seen or not.
+int64_t cells_of(const AttentionParams& p, const LayoutView& other) {
+  int64_t cells = 0;
+  for (int64_t i = 0; i < p.num_items; ++i)
+    cells += (p.items[i].end - p.items[i].begin) * other.length(p.items[i].sample);
+  return cells;
+}
+
+void run(void (*kernel)(const AttentionParams&), AttentionParams& p, int64_t work) {
   if (!p.layout_q.total && !p.layout_k.total) return;
+  if (work < kWorkOfTeam) p.threads = 1;
   py::gil_scoped_release release;
   kernel(p);
 }
@@ -109,7 +121,7 @@ void forward(const TensorView& q, const TensorView& k, const TensorView& v, cons
   const AttentionPlan plan = plan_forward(p);
   p.items = plan.items.data();
   p.num_items = int64_t(plan.items.size());
-  run(&attention_forward, p);
+  run(&attention_forward, p, 4 * cells_of(p, p.layout_k) * p.heads_k * p.dim);
 }
 
 void backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
@@ -135,7 +147,7 @@ void backward(const TensorView& dout, const TensorView& q, const TensorView& k, 
     dq_parts.reset(new float[size_t(plan.max_parts) * p.heads * p.layout_q.total * ((p.dim + 15) / 16 * 16)]);
     p.dq_parts = dq_parts.get();
   }
-  run(&attention_backward, p);
+  run(&attention_backward, p, 10 * cells_of(p, p.layout_q) * p.heads * p.dim);
 }
 
 }  // namespace

@@ -1,5 +1,9 @@
 #include "mmfast/contrastive.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "bindings/binding.h"
 #include "cpu/isa.h"
 
@@ -63,14 +67,28 @@ ContrastiveParams params_of(const TensorView& x, const TensorView& y, const Tens
   return p;
 }
 
-// [n, m rounded up to 64], or null.
-float* products_of(const ContrastiveParams& p, const TensorView& t) {
-  if (!t.present()) return nullptr;
-  check_tensor(kOp, "products", t, DType::f32, 2);
-  check_size(kOp, "products", t, 0, p.n);
-  check_size(kOp, "products", t, 1, (p.m + 63) / 64 * 64);
+// [panels, kept rows, 64], or null.
+void take_products(ContrastiveParams& p, const TensorView& t) {
+  if (!t.present()) return;
+  check_tensor(kOp, "products", t, DType::f32, 3);
+  check_size(kOp, "products", t, 0, (p.m + 63) / 64);
+  check_size(kOp, "products", t, 2, 64);
   check_contiguous(kOp, "products", t);
-  return t.ptr<float>();
+  check(t.size[1] <= p.n, kOp, ": products has ", t.size[1], " rows; expected at most ", p.n);
+  p.products = t.ptr<float>();
+  p.kept = t.size[1];
+}
+
+// Asks for pages of 2 MiB: clearing as many small ones would cost a tenth of the forward pass.
+void want_large_pages(float* data, int64_t count) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 1 << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(data + count) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)count;
+#endif
 }
 
 }  // namespace
@@ -85,7 +103,8 @@ void bind_contrastive(py::module_& m) {
           p.row = vector_of("row", row, p.n);
           p.column = vector_of("column", column, p.m);
           p.diagonal = vector_of("diagonal", diagonal, p.n);
-          p.products = products_of(p, products);
+          take_products(p, products);
+          if (p.products) want_large_pages(p.products, products.numel());
           check(p.row && (sigmoid || (p.column && p.diagonal)), kOp, ": an output is missing");
           if (p.n == 0) return;
           py::gil_scoped_release release;
@@ -101,7 +120,7 @@ void bind_contrastive(py::module_& m) {
           ContrastiveParams p = params_of(x, y, scale, bias, ids_x, ids_y, offset, sigmoid);
           p.row = vector_of("row", row, p.n);
           p.column = vector_of("column", column, p.m);
-          p.products = products_of(p, products);
+          take_products(p, products);
           p.grad_row = vector_of("grad_row", grad_row, p.n);
           p.grad_column = vector_of("grad_column", grad_column, p.m);
           p.grad_diagonal = vector_of("grad_diagonal", grad_diagonal, p.n);

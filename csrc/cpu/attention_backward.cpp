@@ -4,7 +4,8 @@
 //
 // One item is a range of keys of one sample and one key head, with all queries of the group: dk and dv belong
 // to it alone, and dq too unless the sample is split into parts, whose private sums are added in order
-// afterwards.
+// afterwards. Where the queries are few, keys and values are read in place and scores are computed
+// transposed.
 #include "cpu/attention_tiles.h"
 #include "cpu/isa.h"
 
@@ -23,7 +24,7 @@ struct Buffers {
   Unit *keys_t, *values_t;    // [panels][dim units][64]: k^T and v^T
   Unit* keys;                 // [ceil(dim / 64)][keys / pack][64]
   Unit *queries, *douts;      // [kBlockRows][dim units], where they cannot be read in place
-  Unit *queries_b, *douts_b;  // [ceil(dim / 64)][kBlockRows / pack][64]
+  Unit *queries_b, *douts_b;  // [ceil(dim / 64)][kBlockRows / pack][64]; of few queries kFewRows
   Unit* scratch;
   float *p, *ds;         // [kBlockRows][kScores]: scores and dp, then p and ds as A of p^T dout and ds^T q
   Unit* ds_rows;         // [kBlockRows][kScores / pack]: ds as A of ds k; floats need no copy
@@ -44,17 +45,17 @@ struct Buffers {
     keys = arena.take<Unit>(kScores / Units::kPack * wide);
     queries = arena.take<Unit>(kBlockRows * dim);
     douts = arena.take<Unit>(kBlockRows * dim);
-    queries_b = arena.take<Unit>(kBlockRows / Units::kPack * wide);
-    douts_b = arena.take<Unit>(kBlockRows / Units::kPack * wide);
+    queries_b = arena.take<Unit>(kFewRows / Units::kPack * wide);
+    douts_b = arena.take<Unit>(kFewRows / Units::kPack * wide);
     scratch = arena.take<Unit>((kGroup + 1) * dim);
     p = arena.take<float>(kBlockRows * kScores);
     ds = arena.take<float>(kBlockRows * kScores);
     ds_rows = Units::kPack == 1 ? reinterpret_cast<Unit*>(ds) : arena.take<Unit>(kBlockRows * kScores / 2);
     dk = arena.take<float>(kScores * narrow);
     dv = arena.take<float>(kScores * narrow);
-    lse = arena.take<float>(rows);
-    lse_low = arena.take<float>(rows);
-    delta = arena.take<float>(rows);
+    lse = arena.take<float>(rows + kGroup);
+    lse_low = arena.take<float>(rows + kGroup);
+    delta = arena.take<float>(rows + kGroup);
     dq = arena.take<float>(rows * narrow);
     started = arena.take<uint8_t>(rows / kRows + 1);
     summaries = arena.take<TileSummary>(kChunkPanels);
@@ -69,13 +70,6 @@ MMFAST_INLINE void store_pair(float* rows, int64_t stride, int j, vf first, vf s
   store(rows + j, first);
   if (both) store(rows + stride + j, second);
 }
-#if defined(__AVX512BF16__)
-MMFAST_INLINE void store_pair(uint32_t* rows, int j, vf first, vf second) {
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
-  _mm512_storeu_si512(rows + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-#endif
 
 template <class Units, class T>
 struct Backward {
@@ -104,6 +98,10 @@ struct Backward {
 
   void run() {
     prepare();
+    if (is_few()) {
+      few_queries();
+      return finish_queries();
+    }
     for (int64_t key = item.begin; key < item.end; key += kScores) {
       const int n = item.end - key < kScores ? int(item.end - key) : kScores;
       chunk(key, n);
@@ -140,6 +138,119 @@ struct Backward {
       else if (j < rows)
         store_tail(w.delta + r + j, sum, rows - j);
     }
+  }
+
+  bool is_few() const {
+    return is_trivial && rows_all <= kFewRows && sizeof(T) * Units::kPack == sizeof(Unit) &&
+           p.dropout_p == 0 && p.softcap == 0 && p.k.row % Units::kPack == 0 && p.v.row % Units::kPack == 0;
+  }
+
+  // All queries, at most kFewRows, see all keys: scores and dp are [keys][64 queries], with keys and values
+  // in place as A and the queries' panels as B, and what is per query goes by vectors.
+  void few_queries() {
+    const int rows = int(rows_all);
+    for (int r = 0; r < rows; r += kGroup) {
+      const int n = rows - r < kGroup ? rows - r : kGroup;
+      const int64_t panel = r / kPanel * units * kPanel + r % kPanel;
+      pack_group<Units, T>([&](int i) { return row_of(p.q, r + i); }, n, p.dim, w.keys_t + panel, w.scratch);
+      pack_group<Units, T>([&](int i) { return row_of(p.dout, r + i); }, n, p.dim, w.values_t + panel,
+                           w.scratch);
+      for (int i = n; i < kGroup; ++i) w.lse[r + i] = kInfinity, w.lse_low[r + i] = w.delta[r + i] = 0;
+    }
+    pack_rows_of<Units, T>([&](int64_t i) { return row_of(p.q, i); }, rows, p.dim, kFewRows / Units::kPack,
+                           w.queries_b);
+    pack_rows_of<Units, T>([&](int64_t i) { return row_of(p.dout, i); }, rows, p.dim, kFewRows / Units::kPack,
+                           w.douts_b);
+    const int64_t all = item.end - item.begin, chunks = (all + kFewKeys - 1) / kFewKeys;
+    const int64_t step = round_up((all + chunks - 1) / chunks, Units::kPack);
+    for (int64_t key = item.begin; key < item.end; key += step)
+      few_chunk(key, int(item.end - key < step ? item.end - key : step), rows, key == item.begin);
+    std::memset(w.started, 1, rows / kRows + 1);
+  }
+
+  void few_chunk(int64_t key, int n, int rows, bool first) {
+    const Rows<T> k = rows_of<T>(p.k, k0 + key, head_k), v = rows_of<T>(p.v, k0 + key, head_k);
+    for (int r = 0; r < rows; r += kPanel) {
+      const int width = rows - r < kPanel ? rows - r : kPanel, groups = int(round_up(width, kGroup)) / kGroup;
+      transposed_scores(k, v, w.keys_t + r * units, groups, n, w.p, scale.product);
+      transposed_scores(v, k, w.values_t + r * units, groups, n, w.ds, p.scale);
+      if (r == 0)
+        pack_rows_of<Units, T>([&](int64_t i) { return k.data + i * k.stride; }, n, p.dim,
+                               kScores / Units::kPack, w.keys);
+      for (int j = 0; j < width; j += kLanes)
+        weigh_columns(j, r, n, first && key + n == p.layout_k.length(item.sample));
+      key_gradients(w.p, w.douts_b + r / Units::kPack * kPanel, width, n, r > 0, w.dv);
+      key_gradients(w.ds, w.queries_b + r / Units::kPack * kPanel, width, n, r > 0, w.dk);
+      const Epilogue e{first ? Store::set : Store::add, 1.0f, nullptr};
+      for (int i = 0; i < width; i += kRows)
+        for (int64_t d = 0; d < p.dim; d += kPanel)
+          multiply<Units>(width - i < kRows ? width - i : kRows,
+                          int(narrow - d < kPanel ? narrow - d : kPanel) / kGroup, w.ds_rows + i, 1, kPanel,
+                          w.keys + d * (kScores / Units::kPack), (n + Units::kPack - 1) / Units::kPack,
+                          w.dq + (r + i) * narrow + d, narrow, e);
+    }
+    write_keys(p.dk, w.dk, key, n);
+    write_keys(p.dv, w.dv, key, n);
+  }
+
+  // out [n][64] = factor * a b; the rows of a that follow, and the same rows of next, are fetched meanwhile.
+  void transposed_scores(const Rows<T>& a, const Rows<T>& next, const Unit* b, int groups, int n, float* out,
+                         float factor) {
+    const Epilogue e{Store::set, factor, nullptr};
+    const int height = tall_rows(groups);
+    for (int j = 0; j < n; j += height) {
+      for (int i = j; i < j + height; ++i) {
+        prefetch_row(a.data + (i + 2 * height) * a.stride, p.dim);
+        prefetch_row(next.data + i * next.stride, p.dim);
+      }
+      multiply_tall<Units>(n - j < height ? n - j : height, groups,
+                           reinterpret_cast<const Unit*>(a.data + j * a.stride), a.stride / Units::kPack, 1,
+                           b, units, out + j * kPanel, kPanel, e);
+    }
+  }
+
+  // Scores and dp of the queries of one vector become p and ds: rows of units, and for bfloat16 ds by pairs
+  // of keys too.
+  void weigh_columns(int column, int r, int n, bool only_chunk) {
+    const vf lse = load(w.lse + r + column), low = load(w.lse_low + r + column);
+    vf delta = load(w.delta + r + column), error = {};
+    float* const weights = w.p + column;
+    float* const slopes = w.ds + column;
+    for (int64_t j = 0; j < n * kPanel; j += kPanel) {
+      vf s = load(weights + j);
+      s = Units::kPack == 1 ? s * broadcast(scale.log2) - lse - low : s - lse;
+      const vf x = exp2_score<Units::kPack == 2>(s);
+      error = error + x * (load(slopes + j) - delta);
+      store(weights + j, x);
+    }
+    if (exact_delta && only_chunk) delta = delta + error;
+    for (int j = 0; j < n; j += 2) {
+      vf x[2] = {}, ds[2] = {};
+      for (int i = 0; i < 2 && j + i < n; ++i) {
+        x[i] = load(weights + (j + i) * kPanel);
+        ds[i] = x[i] * (load(slopes + (j + i) * kPanel) - delta);
+      }
+      for (int i = 0; i < 2 && j + i < n; ++i) {
+        if constexpr (Units::kPack == 1) {
+          store(slopes + (j + i) * kPanel, ds[i]);
+        } else {
+          store(reinterpret_cast<bf16*>(w.p + (j + i) * kPanel) + column, x[i]);
+          store(reinterpret_cast<bf16*>(w.ds + (j + i) * kPanel) + column, ds[i]);
+        }
+      }
+      if constexpr (Units::kPack == 2) store_pair(w.ds_rows + j / 2 * kPanel + column, ds[0], ds[1]);
+    }
+  }
+
+  // out [n][dim] = a b, or += : a [n][64 queries] is p or ds, b the same queries' rows of dout or q.
+  void key_gradients(const float* a, const Unit* b, int width, int n, bool add, float* out) {
+    const Epilogue e{add ? Store::add : Store::set, 1.0f, nullptr};
+    for (int j = 0; j < n; j += kRows)
+      for (int64_t d = 0; d < p.dim; d += kPanel)
+        multiply<Units>(
+            n - j < kRows ? n - j : kRows, int(narrow - d < kPanel ? narrow - d : kPanel) / kGroup,
+            reinterpret_cast<const Unit*>(a + j * kPanel), kPanel, 1, b + d * (kFewRows / Units::kPack),
+            (width + Units::kPack - 1) / Units::kPack, out + j * narrow + d, narrow, e);
   }
 
   void chunk(int64_t key, int n) {
@@ -315,8 +426,8 @@ struct Backward {
           store_pair(w.ds + i * kScores, kScores, column, ds[0], ds[1], both);
         } else {
 #if defined(__AVX512BF16__)
-          store_pair(reinterpret_cast<uint32_t*>(w.p + i * kScores), column, weight[0], weight[1]);
-          store_pair(reinterpret_cast<uint32_t*>(w.ds + i * kScores), column, ds[0], ds[1]);
+          store_pair(reinterpret_cast<uint32_t*>(w.p + i * kScores) + column, weight[0], weight[1]);
+          store_pair(reinterpret_cast<uint32_t*>(w.ds + i * kScores) + column, ds[0], ds[1]);
           bf16* rows16 = reinterpret_cast<bf16*>(w.ds_rows) + i * kScores + column;
           store(rows16, ds[0]);
           if (both) store(rows16 + kScores, ds[1]);

@@ -2,7 +2,9 @@
 // over chunks of keys (Milakov and Gimelshein 2018; Dao, FlashAttention-2, arXiv 2307.08691).
 //
 // One item is a range of query rows of one sample and one key head: it packs the keys it can see once, into
-// panels that stay in the second-level cache, and all query heads of the group run over them.
+// panels that stay in the second-level cache, and all query heads of the group run over them. Where the
+// queries are few, that would cost as much as the products: then scores are computed transposed, with keys in
+// place.
 #include "cpu/attention_tiles.h"
 #include "cpu/isa.h"
 
@@ -14,6 +16,7 @@ constexpr int kBlockRows = 96;                  // their scores stay in the seco
 constexpr int kChunkPanels = 4;                 // keys between two rescalings: 256
 constexpr int kScores = kChunkPanels * kPanel;  // columns of a block's scores
 constexpr int64_t kPackedBytes = 512 * 1024;    // packed keys and values of an item at a time
+static_assert(kFewKeys * kPanel <= kBlockRows * kScores && kFewRows <= kScores);
 using ForwardMask = BlockMask<kBlockRows, kChunkPanels>;
 
 template <class Units>
@@ -39,8 +42,8 @@ struct Buffers {
     scratch = arena.take<Unit>((kGroup + 1) * dim);
     scores = arena.take<float>(kBlockRows * kScores);
     out = arena.take<float>(rows * narrow);
-    maximum = arena.take<float>(rows);
-    sum = arena.take<float>(rows);
+    maximum = arena.take<float>(round_up(rows, kGroup));
+    sum = arena.take<float>(round_up(rows, kGroup));
     alpha = arena.take<float>(kBlockRows);
     started = arena.take<uint8_t>(rows / kRows + 1);
     summaries = arena.take<TileSummary>(panels);
@@ -140,12 +143,14 @@ struct Forward {
   const Side side_q = side_of(p.layout_q, item.sample), side_k = side_of(p.layout_k, item.sample);
 
   void run() {
+    if (is_trivial && item.end - item.begin <= kFewRows && keys_in_place()) return few_queries();
     const int64_t rows = item.end - item.begin;
     std::memset(w.started, 0, rows / kRows + 1);
     for (int64_t r = 0; r < rows; ++r) w.maximum[r] = -kInfinity, w.sum[r] = 0;
     TileSummary all{};
     if (!is_trivial && keys > 0) all = summarize(side_q, item.begin / group, (item.end - 1) / group + 1);
     const bool once = keys > 0 && keys <= capacity;
+    for (int64_t r = 0; r < rows && r < kBlockRows; r += kRows) prefetch_queries(r);
     for (int64_t key = 0; key < keys; key += capacity) {
       const int64_t end = key + capacity < keys ? key + capacity : keys;
       pack(key, end, all);
@@ -178,6 +183,110 @@ struct Forward {
     }
   }
 
+  bool keys_in_place() const {
+    return sizeof(T) * Units::kPack == sizeof(Unit) && p.k.row % Units::kPack == 0 && p.dropout_p == 0;
+  }
+
+  // All queries of the item, at most kFewRows, see all keys: scores are [keys][64 queries], with keys as A
+  // and the queries' panels as B, and softmax runs down their columns.
+  void few_queries() {
+    const int rows = int(item.end - item.begin);
+    for (int r = 0; r < rows; r += kGroup) {
+      auto row_of = [&](int i) {
+        const int64_t row = item.begin + r + i;
+        return rows_of<T>(p.q, q0 + row / group, head_k * group + row % group).data;
+      };
+      pack_group<Units, T>(row_of, rows - r < kGroup ? rows - r : kGroup, p.dim,
+                           w.keys + r / kPanel * units * kPanel + r % kPanel, w.scratch);
+      for (int i = 0; i < kGroup; i += kLanes) {
+        store(w.maximum + r + i, broadcast(-kInfinity));
+        store(w.sum + r + i, vf{});
+      }
+    }
+    std::memset(w.started, keys > 0, rows / kRows + 1);
+    const int64_t limit = kFewKeys < capacity ? kFewKeys : capacity;
+    const int64_t chunks = (keys + limit - 1) / limit;
+    const int64_t step = chunks ? round_up((keys + chunks - 1) / chunks, Units::kPack) : 0;
+    for (int64_t key = 0; key < keys; key += step) {
+      const int n = int(keys - key < step ? keys - key : step);
+      const Rows<T> v = rows_of<T>(p.v, k0 + key, head_k);
+      for (int r = 0; r < rows; r += kPanel) {
+        const int width = rows - r < kPanel ? rows - r : kPanel;
+        transposed_scores(w.keys + r * units, int(round_up(width, kGroup)) / kGroup, key, n, v);
+        if (r == 0)
+          pack_rows_of<Units, T>([&](int64_t i) { return v.data + i * v.stride; }, n, p.dim,
+                                 capacity / Units::kPack, w.values);
+        for (int j = 0; j < width; j += kLanes) weigh_columns(j, r, n);
+        const Store kind = key == 0 ? Store::set : Store::rescale;
+        for (int i = 0; i < width; i += kRows)
+          for (int64_t d = 0; d < p.dim; d += kPanel)
+            multiply<Units>(width - i < kRows ? width - i : kRows,
+                            int(narrow - d < kPanel ? narrow - d : kPanel) / kGroup,
+                            reinterpret_cast<const Unit*>(w.scores) + i, 1, kPanel,
+                            w.values + d * (capacity / Units::kPack), (n + Units::kPack - 1) / Units::kPack,
+                            w.out + (r + i) * narrow + d, narrow, {kind, 1.0f, w.alpha + i});
+      }
+    }
+    finish(0, rows);
+  }
+
+  // Scores of n keys and one panel of queries; the keys that follow, and the same keys' values, are fetched
+  // meanwhile.
+  void transposed_scores(const Unit* queries, int groups, int64_t key, int n, const Rows<T>& v) {
+    const Rows<T> k = rows_of<T>(p.k, k0 + key, head_k);
+    const Epilogue scaled{Store::set, scale.product, nullptr};
+    const int height = tall_rows(groups);
+    for (int j = 0; j < n; j += height) {
+      for (int i = j; i < j + height; ++i) {
+        prefetch_row(k.data + (i + 2 * height) * k.stride, p.dim);
+        prefetch_row(v.data + i * v.stride, p.dim);
+      }
+      multiply_tall<Units>(n - j < height ? n - j : height, groups,
+                           reinterpret_cast<const Unit*>(k.data + j * k.stride), k.stride / Units::kPack, 1,
+                           queries, units, w.scores + j * kPanel, kPanel, scaled);
+    }
+  }
+
+  // Replaces the scores of the queries of one vector by weights, as units of the next product.
+  void weigh_columns(int column, int r, int n) {
+    float* const begin = w.scores + column;
+    float* const end = begin + n * kPanel;
+    if (p.softcap > 0)
+      for (float* s = begin; s < end; s += kPanel) store(s, tanh_score(load(s)) * broadcast(scale.cap));
+    vf highest = broadcast(-kInfinity), other = highest;
+    for (float* s = begin; s < end - kPanel; s += 2 * kPanel) {
+      highest = vmax(highest, load(s));
+      other = vmax(other, load(s + kPanel));
+    }
+    if (n % 2) highest = vmax(highest, load(end - kPanel));
+    const vf before = load(w.maximum + r + column);
+    const vf maximum = vmax(before, vmax(highest, other));
+    const vf shift = select(maximum == broadcast(-kInfinity), vf{}, maximum), factor = broadcast(scale.log2);
+    auto weight = [&](const float* s) {
+      const vf exponent = load(s) - shift;
+      return exp2_score<Units::kPack == 2>(Units::kPack == 1 ? exponent * factor : exponent);
+    };
+    vf total = {}, odd = {};
+    Unit* units_of = reinterpret_cast<Unit*>(begin);
+    for (float* s = begin; s < end; s += 2 * kPanel) {
+      const bool pair = s + kPanel < end;
+      const vf first = weight(s), second = pair ? weight(s + kPanel) : vf{};
+      total = total + first;
+      odd = odd + second;
+      if constexpr (Units::kPack == 1) {
+        store(s, first);
+        if (pair) store(s + kPanel, second);
+      } else {
+        store_pair(units_of, first, second);
+        units_of += kPanel;
+      }
+    }
+    const vf alpha = exp2_score<false>((before - shift) * factor);
+    store(w.alpha + column, alpha);
+    store(w.sum + r + column, load(w.sum + r + column) * alpha + (total + odd));
+    store(w.maximum + r + column, maximum);
+  }
+
   // The queries of virtual rows r on, as rows of units.
   Rows<Unit> queries(int64_t r, int rows) {
     constexpr bool in_place = sizeof(T) * Units::kPack == sizeof(Unit);
@@ -191,6 +300,15 @@ struct Forward {
                w.queries + i * units);
     }
     return {w.queries, units};
+  }
+
+  // Fetches the queries of one tile of virtual rows, which lie too far apart for the hardware to do it.
+  void prefetch_queries(int64_t r) {
+    const int64_t rows = item.end - item.begin;
+    for (int64_t i = r; i < r + kRows && i < rows; ++i) {
+      const int64_t row = item.begin + i;
+      prefetch_row(rows_of<T>(p.q, q0 + row / group, head_k * group + row % group).data, p.dim);
+    }
   }
 
   void block(int64_t r, int rows, int64_t begin, int64_t end) {
@@ -207,6 +325,7 @@ struct Forward {
       for (int c = 0; c < panels; ++c) {
         const Unit* panel = w.keys + (first + c) * units * kPanel;
         for (int t = 0; t * kRows < rows; ++t) {
+          if (c == 0 && key == begin) prefetch_queries(r + kBlockRows + t * kRows);
           const Span span = mask.spans[t][c];
           if (span.begin == span.end) continue;
           multiply<Units>(rows - t * kRows < kRows ? rows - t * kRows : kRows, span.end - span.begin,
@@ -214,10 +333,78 @@ struct Forward {
                           w.scores + t * kRows * kScores + c * kPanel + span.begin * kGroup, kScores, scaled);
         }
       }
-      for (int t = 0; t * kRows < rows; ++t) weigh(t, r, rows, key, panels);
+      for (int t = 0; t * kRows < rows; ++t) {
+        const Span columns = full_columns(mask.spans[t], panels);
+        if (columns.full && p.softcap == 0 && p.dropout_p == 0)
+          weigh_full(t, r, rows, columns.begin * kGroup, columns.end * kGroup);
+        else
+          weigh(t, r, rows, key, panels);
+      }
       for (int t = 0; t * kRows < rows; ++t)
         accumulate(t, r, rows, (key - begin) / Units::kPack,
                    int((end - key + Units::kPack - 1) / Units::kPack), panels);
+    }
+  }
+
+  // The columns of a tile's panels in groups; `full` where they have no gap and all rows see them.
+  static Span full_columns(const Span* spans, int panels) {
+    constexpr int kGroups = kPanel / kGroup;
+    Span all{0, 0, true};
+    for (int c = 0; c < panels; ++c) {
+      if (spans[c].begin == spans[c].end) continue;
+      const uint8_t begin = uint8_t(c * kGroups + spans[c].begin);
+      if (all.end == 0) all.begin = begin;
+      all.full &= spans[c].full && (all.end == 0 || all.end == begin);
+      all.end = uint8_t(c * kGroups + spans[c].end);
+    }
+    return all;
+  }
+
+  // weigh() for a tile of rows that see all columns from begin to end: rows overlap, what is per row is done
+  // by vectors.
+  void weigh_full(int t, int64_t r, int rows, int begin, int end) {
+    const int height = rows - t * kRows < kRows ? rows - t * kRows : kRows;
+    const int64_t first = r + t * kRows;
+    float* const tile = w.scores + t * kRows * kScores;
+    constexpr int kLanesOfRows = (kRows + kLanes - 1) / kLanes * kLanes;
+    float before[kLanesOfRows] = {}, maximum[kLanesOfRows] = {}, shift[kLanesOfRows], alpha[kLanesOfRows];
+    vf lanes[kRows];
+    for (int i = 0; i < height; ++i) {
+      const float* s = tile + i * kScores;
+      vf highest = broadcast(-kInfinity);
+      for (int j = begin; j < end; j += kLanes) highest = vmax(highest, load(s + j));
+      lanes[i] = highest;
+    }
+    for (int i = 0; i < height; ++i) {
+      before[i] = w.maximum[first + i];
+      maximum[i] = max_lanes(lanes[i]);
+    }
+    for (int i = 0; i < kLanesOfRows; i += kLanes) {
+      const vf b = load(before + i), m = vmax(load(maximum + i), b);
+      const vf d = select(m == broadcast(-kInfinity), vf{}, m);
+      store(maximum + i, m);
+      store(shift + i, d);
+      store(alpha + i, exp2_score<false>((b - d) * broadcast(scale.log2)));
+    }
+    [[maybe_unused]] const vf factor = broadcast(scale.log2);
+    for (int i = 0; i < height; ++i) {
+      float* s = tile + i * kScores;
+      auto* weights = reinterpret_cast<Unit*>(s);
+      const vf subtract = broadcast(shift[i]);
+      vf total = {};
+      for (int j = begin; j < end; j += kLanes) {
+        vf exponent = load(s + j) - subtract;
+        if constexpr (Units::kPack == 1) exponent = exponent * factor;
+        const vf x = exp2_score<Units::kPack == 2>(exponent);
+        total = total + x;
+        store_weights(weights, j, x);
+      }
+      lanes[i] = total;
+    }
+    for (int i = 0; i < height; ++i) {
+      w.alpha[t * kRows + i] = alpha[i];
+      w.sum[first + i] = w.sum[first + i] * alpha[i] + sum_lanes(lanes[i]);
+      w.maximum[first + i] = maximum[i];
     }
   }
 
@@ -325,7 +512,7 @@ void forward_all(const AttentionParams& p) {
   const int64_t panel_bytes = int64_t(kPanel) * 2 * p.dim / Units::kPack * 4;
   int64_t capacity = kPackedBytes / panel_bytes / kChunkPanels * kScores;
   capacity = capacity < kScores ? kScores : capacity;
-  if (longest < capacity) capacity = round_up(longest, kScores);
+  if (longest < capacity) capacity = round_up(longest > 0 ? longest : 1, kScores);
   const bool is_trivial = trivial(p.mask);
   const int64_t total = p.num_items * p.heads_k;
 #pragma omp parallel num_threads(p.threads)

@@ -52,6 +52,15 @@ struct PairUnits {
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
 };
+
+// kLanes units from two rows of the reduction.
+MMFAST_INLINE void store_pair(uint32_t* units, vf first, vf second) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  _mm512_storeu_si512(units, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+}
 #endif
 
 // What happens to a tile of sums: c = factor * sum, c += sum, or c = c * alpha[row] + sum.
@@ -72,7 +81,7 @@ __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row
     typename Units::Vector column[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) column[j] = Units::load_units(b + j * kLanes);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const typename Units::Vector x = Units::load_unit(a + r * a_row);
 #pragma GCC unroll 4
@@ -84,14 +93,14 @@ __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row
   switch (epilogue.store) {
     case Store::set: {
       const vf factor = broadcast(epilogue.factor);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) store(c + r * c_row + j * kLanes, sum[r][j] * factor);
       break;
     }
     case Store::add:
-#pragma GCC unroll 6
+#pragma GCC unroll 12
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) {
@@ -100,7 +109,7 @@ __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row
         }
       break;
     case Store::rescale:
-#pragma GCC unroll 6
+#pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const vf alpha = broadcast(epilogue.alpha[r]);
 #pragma GCC unroll 4
@@ -133,6 +142,11 @@ MMFAST_INLINE void tile_rows(int rows, const typename Units::Unit* a, int64_t a_
   }
 }
 
+// As many rows as the registers hold where a tile is at most two vectors wide, or else kRows.
+constexpr int tall_rows(int groups) {
+  return MMFAST_VECTOR_BYTES == 64 && groups <= 2 ? 2 * kRows : kRows;
+}
+
 // c [rows <= 6][16 * groups] from a [rows][n] and b [n][16 * groups], groups <= 4.
 template <class Units>
 void multiply(int rows, int groups, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
@@ -152,6 +166,24 @@ void multiply(int rows, int groups, const typename Units::Unit* a, int64_t a_row
   for (int j = 0; j < groups * kGroup; j += kVecs * kLanes)
     tile_rows<Units, kVecs>(rows, a, a_row, a_step, b + j, n, c + j, c_row, e);
 #endif
+}
+
+// multiply() for up to tall_rows(groups) rows.
+template <class Units>
+void multiply_tall(int rows, int groups, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
+                   const typename Units::Unit* b, int64_t n, float* c, int64_t c_row, const Epilogue& e) {
+  if constexpr (MMFAST_VECTOR_BYTES == 64) {
+    if (rows == 2 * kRows) {
+      if (groups == 2) return tile<Units, 2 * kRows, 2>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 2 * kRows, 1>(a, a_row, a_step, b, n, c, c_row, e);
+    }
+    if (rows > kRows) {
+      multiply<Units>(kRows, groups, a, a_row, a_step, b, n, c, c_row, e);
+      return multiply<Units>(rows - kRows, groups, a + kRows * a_row, a_row, a_step, b, n, c + kRows * c_row,
+                             c_row, e);
+    }
+  }
+  multiply<Units>(rows, groups, a, a_row, a_step, b, n, c, c_row, e);
 }
 
 // Rows of q, k, v or dout of one head as they lie in memory.
@@ -255,32 +287,44 @@ void pack_transposed(Rows<T> rows, int n, int64_t dim, typename Units::Unit* out
   }
 }
 
+#if defined(__AVX512BF16__)
+// Units of two rows, the second one zero where there is none; panels of 64 columns lie `panel` units apart.
+MMFAST_INLINE void interleave_rows(const bf16* first, const bf16* second, int64_t dim, int64_t panel,
+                                   uint32_t* out) {
+  alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                    37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                    11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (; dim > 0; dim -= kPanel, first += kPanel, out += panel) {
+    for (int d = 0; d < kPanel && d < dim; d += 32) {
+      const __mmask32 inside = d + 32 <= dim ? ~uint32_t(0) : (uint32_t(1) << (dim - d)) - 1;
+      const __m512i a = _mm512_maskz_loadu_epi16(inside, first + d);
+      const __m512i b = second ? _mm512_maskz_loadu_epi16(inside, second + d) : __m512i{};
+      _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(a, low, b));
+      if (d + kGroup < dim) _mm512_storeu_si512(out + d + kGroup, _mm512_permutex2var_epi16(a, high, b));
+    }
+    if (second) second += kPanel;
+  }
+}
+#endif
+
 // n rows as they are: out[ceil(dim / 64)][capacity units][64]; a unit of two rows has the second one zero at
 // the end. Columns up to a whole group are zero.
 template <class Units, class T, class RowOf>
 MMFAST_INLINE void pack_rows_of(RowOf row_of, int64_t n, int64_t dim, int64_t capacity,
                                 typename Units::Unit* out) {
-  for (int64_t i = 0; i < n; i += Units::kPack) {
+  typename Units::Unit* row = out;
+  for (int64_t i = 0; i < n; i += Units::kPack, row += kPanel) {
     const T* first = row_of(i);
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      typename Units::Unit* target =
-          out + (d / kPanel) * capacity * kPanel + i / Units::kPack * kPanel + d % kPanel;
-      if constexpr (Units::kPack == 1) {
-        store(target, load_columns(first, d, dim));
-      } else {
-#if defined(__AVX512BF16__)
-        const __mmask16 inside = d + kLanes <= dim ? 0xffff : (1 << (dim - d)) - 1;
-        const T* second = i + 1 < n ? row_of(i + 1) : nullptr;
-        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, first + d));
-        const __m512i high =
-            second ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, second + d)) : __m512i{};
-        _mm512_storeu_si512(target, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-#endif
-      }
+    if constexpr (Units::kPack == 2) {
+      interleave_rows(first, i + 1 < n ? row_of(i + 1) : nullptr, dim, capacity * kPanel, row);
+    } else {
+      for (int64_t d = 0; d < dim; d += kLanes)
+        store(row + d / kPanel * capacity * kPanel + d % kPanel, load_columns(first, d, dim));
+      // With vectors narrower than a group, dim may end inside one.
+      for (int64_t d = round_up(dim, kLanes); d < round_up(dim, kGroup); ++d)
+        row[d / kPanel * capacity * kPanel + d % kPanel] = 0;
     }
-    // With vectors narrower than a group, dim may end inside one.
-    for (int64_t d = round_up(dim, kLanes); d < round_up(dim, kGroup); ++d)
-      out[(d / kPanel) * capacity * kPanel + i / Units::kPack * kPanel + d % kPanel] = 0;
   }
 }
 

@@ -12,6 +12,8 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
+constexpr int kFewRows = 128;  // queries up to which keys are read in place, and scores are [keys][queries]
+constexpr int kFewKeys = 128;  // keys whose scores stay in the first-level cache then
 constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = __builtin_inff();
 

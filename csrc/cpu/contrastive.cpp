@@ -7,10 +7,9 @@
 // the number of threads.
 #include "mmfast/contrastive.h"
 
-#include <cmath>
 #include <cstdlib>
 
-#include "cpu/attention_gemm.h"
+#include "cpu/contrastive_scores.h"
 #include "cpu/isa.h"
 
 namespace mmfast {
@@ -20,14 +19,7 @@ namespace {
 constexpr int kForwardRows = 96;    // rows whose scores against a panel stay in the first cache
 constexpr int kBackwardRows = 256;  // rows and columns of a backward block
 constexpr int kBackwardColumns = 512;
-constexpr int64_t kPad = 16;       // keeps rows of scores off one set of the cache
-constexpr float kMasked = -3e38f;  // finite, so that differences of masked scores are numbers
-constexpr float kInfinite = __builtin_inff();
-constexpr int kPanelVecs = kPanel / kLanes;
-
-MMFAST_INLINE int64_t min64(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
+constexpr int64_t kPad = 16;  // keeps rows of scores off one set of the cache
 
 int64_t parts_of(const ContrastiveParams& p) {
   const int64_t larger = p.n > p.m ? p.n : p.m;
@@ -40,11 +32,6 @@ int threads_of(const ContrastiveParams& p, int64_t most) {
   const int64_t work = 1 + (p.n * p.m >> 10) * p.dim / 4096;
   return int(min64(min64(p.threads, most), work));
 }
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
 
 // Chunk i of `parts`, of whole panels.
 Range chunk(int64_t i, int64_t parts, int64_t total) {
@@ -63,65 +50,6 @@ template <typename T>
 T* allocate(int64_t count) {
   return static_cast<T*>(std::aligned_alloc(64, round_up((count + kPanel) * int64_t(sizeof(T)), 64)));
 }
-
-// log(1 + t) for t in [0, 1] by the series of 2 atanh(t / (2 + t)): exact for small t too.
-MMFAST_INLINE vf log1p_unit(vf t) {
-  const vf s = t / (t + splat(2.0f)), z = s * s;
-  vf p = splat(1.0f / 15);
-  p = p * z + splat(1.0f / 13);
-  p = p * z + splat(1.0f / 11);
-  p = p * z + splat(1.0f / 9);
-  p = p * z + splat(1.0f / 7);
-  p = p * z + splat(1.0f / 5);
-  p = p * z + splat(1.0f / 3);
-  p = p * z + splat(1.0f);
-  return (s + s) * p;
-}
-
-// One panel of columns: which exist, which a row leaves out, which is its positive one.
-struct Columns {
-  int64_t begin;
-  int valid;
-  int32_t ids[kPanel];
-  bool with_ids;
-
-  Columns(const ContrastiveParams& p, int64_t first, int64_t end) : begin(first) {
-    valid = int(min64(kPanel, end - first));
-    with_ids = p.ids_x != nullptr;
-    if (with_ids) {
-      std::memset(ids, 0, sizeof ids);
-      std::memcpy(ids, p.ids_y + first, valid * sizeof(int32_t));
-    }
-  }
-
-  // Column of row i's positive pair in this panel, or -1.
-  int positive(const ContrastiveParams& p, int64_t i) const {
-    const int64_t column = i + p.offset - begin;
-    return column >= 0 && column < valid ? int(column) : -1;
-  }
-
-  vi index(int v) const {
-    int32_t lane[kLanes];
-    for (int i = 0; i < kLanes; ++i) lane[i] = v * kLanes + i;
-    vi out;
-    std::memcpy(&out, lane, sizeof out);
-    return out;
-  }
-
-  bool needs_mask() const { return with_ids || valid < kPanel; }
-
-  // All ones where the pair of row i with column v * kLanes + lane counts.
-  vi counts(const ContrastiveParams& p, int64_t i, int v) const {
-    const vi column = index(v);
-    vi keep = column < valid;
-    if (with_ids) {
-      vi id;
-      std::memcpy(&id, ids + v * kLanes, sizeof id);
-      keep &= (id != p.ids_x[i]) | (column == positive(p, i));
-    }
-    return keep;
-  }
-};
 
 // Rows of x as units: in place, or converted.
 template <class Units, class T>
@@ -143,80 +71,41 @@ void pack_panel(const T* rows, int n, int64_t dim, typename Units::Unit* out, ty
                          out + j, scratch);
 }
 
+// What the next tile reads: it may come from the third cache, later than a tile can wait.
+template <class Unit>
+MMFAST_INLINE void fetch_rows(const Unit* rows, int64_t stride, int64_t count, int64_t size) {
+  for (int64_t r = 0; r < min64(kRows, count); ++r)
+    for (int64_t k = 0; k < size; k += 16) __builtin_prefetch(rows + r * stride + k);
+}
+
 // out [rows][ld], 64 columns from b: products of rows with one panel.
 template <class Units>
 void multiply_panel(int64_t rows, int columns, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
                     const typename Units::Unit* panel, int64_t units, float* out, int64_t ld, Store how) {
   const Epilogue epilogue{how, 1.0f, nullptr};
   const int groups = (columns + kGroup - 1) / kGroup;
-  for (int64_t r = 0; r < rows; r += kRows)
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int64_t next = r + kRows;
+    how == Store::add ? fetch_rows(out + next * ld, ld, rows - next, kPanel)
+                      : fetch_rows(a + next * a_row, a_row, rows - next, units);
     multiply<Units>(int(min64(kRows, rows - r)), groups, a + r * a_row, a_row, a_step, panel, units,
                     out + r * ld, ld, epilogue);
-}
-
-// Online log-sum-exp, per lane.
-struct Online {
-  vf peak, total;
-};
-
-MMFAST_INLINE vf join(Online& s, vf peak) {
-  const vf next = vmax(s.peak, peak);
-  s.total *= exp_approx(s.peak - next);
-  s.peak = next;
-  return next;
-}
-
-// Row statistics of scores [rows][64], then those of columns.
-void statistics(const float* z, int64_t rows, Online* row, Online* column) {
-  for (int64_t r = 0; r < rows; ++r) {
-    vf value[kPanelVecs];
-    for (int v = 0; v < kPanelVecs; ++v) value[v] = load(z + r * kPanel + v * kLanes);
-    vf peak = value[0];
-    for (int v = 1; v < kPanelVecs; ++v) peak = vmax(peak, value[v]);
-    const vf next = join(row[r], peak);
-    for (int v = 0; v < kPanelVecs; ++v) row[r].total += exp_approx(value[v] - next);
-  }
-  for (int v = 0; v < kPanelVecs; ++v) {
-    const float* at = z + v * kLanes;
-    vf peak = load(at);
-    for (int64_t r = 1; r < rows; ++r) peak = vmax(peak, load(at + r * kPanel));
-    const vf next = join(column[v], peak);
-    vf total = splat(0.0f);
-    for (int64_t r = 0; r < rows; ++r) total += exp_approx(load(at + r * kPanel) - next);
-    column[v].total += total;
   }
 }
 
-// -log sigmoid(z) of positive pairs, -log sigmoid(-z) of the others, summed per row.
-void sigmoid_losses(const ContrastiveParams& p, const Columns& columns, const float* z, int64_t first,
-                    int64_t rows, Online* row) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const int positive = columns.positive(p, first + r);
-    for (int v = 0; v < kPanelVecs; ++v) {
-      vf value = load(z + r * kPanel + v * kLanes);
-      value = select(columns.index(v) == positive, -value, value);
-      row[r].total += vmax(splat(0.0f), value) + log1p_unit(exp_approx(-vabs(value)));
-    }
-  }
+// Products of the first `kept` rows stay, in whole chunks: panels [kept][64], one behind the other.
+bool keeps(const ContrastiveParams& p, Range rows) {
+  return rows.end <= p.kept;
 }
 
-// Log-sum-exp of partial statistics (peak, total) at a given stride.
-float joined(const float* partial, int64_t parts, int64_t stride) {
-  float peak = kMasked;
-  for (int64_t i = 0; i < parts; ++i) {
-    const float next = partial[i * stride];
-    if (!(next <= peak)) peak = next;  // NaN wins
-  }
-  double total = 0;
-  for (int64_t i = 0; i < parts; ++i)
-    total += partial[i * stride + 1] * std::exp(double(partial[i * stride]) - double(peak));
-  return peak <= kMasked ? -kInfinite : float(peak + std::log(total));
+float* kept_products(const ContrastiveParams& p, int64_t i, int64_t j) {
+  return p.products + (j / kPanel * p.kept + i) * kPanel;
 }
 
 template <class Units, class T>
 void forward_chunk(const ContrastiveParams& p, Range rows, Range columns, float* row_partial,
                    float* column_partial, int64_t parts, typename Units::Unit* panel,
-                   typename Units::Unit* pack_scratch, typename Units::Unit* row_scratch, float* z,
+                   typename Units::Unit* pack_scratch, typename Units::Unit* row_scratch, float* scratch,
                    Online* row) {
   const T* x = static_cast<const T*>(p.x);
   const T* y = static_cast<const T*>(p.y);
@@ -231,24 +120,28 @@ void forward_chunk(const ContrastiveParams& p, Range rows, Range columns, float*
     for (int64_t i = rows.begin; i < rows.end; i += kForwardRows) {
       const int64_t n = min64(kForwardRows, rows.end - i);
       const auto* a = as_units<Units, T>(x + i * p.dim, n, p.dim, row_scratch);
-      multiply_panel<Units>(n, at.valid, a, units, 1, panel, units, z, kPanel, Store::set);
-      for (int64_t r = 0; r < n; ++r) {
-        float* line = z + r * kPanel;
-        if (p.products) {
-          float* kept = p.products + (i + r) * round_up(p.m, kPanel) + j;
-          std::memcpy(kept, line, at.valid * sizeof(float));
-          std::memset(kept + at.valid, 0, (kPanel - at.valid) * sizeof(float));
-        }
-        for (int v = 0; v < kPanelVecs; ++v) {
-          vf value = load(line + v * kLanes) * splat(p.scale) + splat(p.bias);
-          if (at.needs_mask()) value = select(at.counts(p, i + r, v), value, splat(kMasked));
-          store(line + v * kLanes, value);
-        }
-        const int positive = at.positive(p, i + r);
-        if (positive >= 0 && p.diagonal) p.diagonal[i + r] = line[positive];
-      }
+      float* s = keeps(p, rows) ? kept_products(p, i, j) : scratch;
+      multiply_panel<Units>(n, at.valid, a, units, 1, panel, units, s, kPanel, Store::set);
+      for (int64_t r = 0; r < n && keeps(p, rows) && at.valid <= kPanel - kGroup; ++r)
+        std::memset(s + r * kPanel + at.valid, 0, (kPanel - at.valid) * sizeof(float));
       Online* block = row + (i - rows.begin);
-      p.sigmoid ? sigmoid_losses(p, at, z, i, n, block) : statistics(z, n, block, column);
+      if (p.sigmoid) {
+        sigmoid_losses(p, at, s, i, n, block);
+        continue;
+      }
+      for (int64_t r = 0; r < n; ++r) {
+        const int positive = at.positive(p, i + r);
+        if (positive >= 0) p.diagonal[i + r] = s[r * kPanel + positive] * p.scale;
+      }
+      if (at.needs_mask()) {
+        for (int64_t r = 0; r < n; ++r) {
+          for (int v = 0; v < kPanelVecs; ++v) {
+            const int64_t k = r * kPanel + v * kLanes;
+            store(scratch + k, select(at.counts(p, i + r, v), load(s + k) * splat(p.scale), splat(kMasked)));
+          }
+        }
+      }
+      statistics(at.needs_mask() ? scratch : s, at.needs_mask() ? 1.0f : p.scale, n, block, column);
     }
     if (p.sigmoid) continue;
     for (int k = 0; k < at.valid; ++k) {
@@ -267,8 +160,8 @@ void forward_chunk(const ContrastiveParams& p, Range rows, Range columns, float*
       lanes[2 * k] = row[r].peak[k];
       lanes[2 * k + 1] = row[r].total[k];
     }
-    const float lse = joined(lanes, kLanes, 2);
-    out[0] = lse == -kInfinite ? kMasked : lse;
+    const float log = joined(lanes, kLanes, 2);
+    out[0] = log == -kInfinite ? kMasked : log;
     out[1] = 1;
   }
 }
@@ -321,104 +214,12 @@ void forward(const ContrastiveParams& p) {
   std::free(column_partial);
 }
 
-struct Totals {
-  double dscale = 0, dbias = 0, loss = 0;
-};
-
-// Gradient of the scores of one row against one panel, from the products s. Returns it unscaled.
-// Adds the sigmoid loss to `loss` where it is wanted.
-MMFAST_INLINE vf score_gradient(const ContrastiveParams& p, const Columns& at, int64_t i, int v, vf s,
-                                vf& loss) {
-  const vf z = s * splat(p.scale) + splat(p.bias);
-  vf g;
-  const vi is_positive = at.index(v) == at.positive(p, i);
-  if (p.sigmoid) {
-    const vf e = exp_approx(-vabs(z)), large = splat(1.0f) / (splat(1.0f) + e), small = e * large;
-    const vi up = z > splat(0.0f);
-    if (p.loss) {
-      vf cost = vmax(splat(0.0f), select(is_positive, -z, z)) + log1p_unit(e);
-      if (at.needs_mask()) cost = select(at.counts(p, i, v), cost, splat(0.0f));
-      loss += splat(p.grad_row[i]) * cost;
-    }
-    g = splat(p.grad_row[i]) * select(is_positive, -select(up, small, large), select(up, large, small));
-  } else {
-    const int64_t j = at.begin + v * kLanes;
-    const int left = int(min64(kLanes, at.begin + at.valid - j));
-    if (left <= 0) return splat(0.0f);
-    const vf lse = left == kLanes ? load(p.column + j) : load_tail(p.column + j, left);
-    const vf up = left == kLanes ? load(p.grad_column + j) : load_tail(p.grad_column + j, left);
-    g = splat(p.grad_row[i]) * exp_approx(z - splat(p.row[i])) + up * exp_approx(z - lse);
-    g += select(is_positive, splat(p.grad_diagonal[i]), splat(0.0f));
-  }
-  return at.needs_mask() ? select(at.counts(p, i, v), g, splat(0.0f)) : g;
-}
-
-// Gradients of a block of scores, in the forms that the two products read.
-template <class Units>
-struct ScoreGradients {
-  using Unit = typename Units::Unit;
-  float* s;     // [rows][ld] products, where they are made here; with FloatUnits the gradients
-  Unit* pairs;  // bfloat16: [rows][ld / 2], neighbours in a row
-  Unit* cross;  // bfloat16: [rows / 2][ld], neighbours in a column
-  int64_t ld;
-
-  const Unit* by_row() const {
-    if constexpr (Units::kPack == 1) return s;
-    return pairs;
-  }
-  const Unit* by_column() const {
-    if constexpr (Units::kPack == 1) return s;
-    return cross;
-  }
-};
-
-template <class Units>
-void gradients_of_scores(const ContrastiveParams& p, const ScoreGradients<Units>& g, Range rows,
-                         Range columns, Totals& totals) {
-  const int64_t stride = p.products ? round_up(p.m, kPanel) : g.ld;
-  const float* products = p.products ? p.products + rows.begin * stride + columns.begin : g.s;
-  for (int64_t j = columns.begin; j < columns.end; j += kPanel) {
-    const Columns at(p, j, columns.end);
-    for (int64_t i = rows.begin; i < rows.end; i += Units::kPack) {
-      vf scale_sum = splat(0.0f), bias_sum = splat(0.0f), loss_sum = splat(0.0f);
-      for (int v = 0; v < kPanelVecs; ++v) {
-        const int64_t column = j - columns.begin + v * kLanes;
-        vf out[Units::kPack] = {};
-        for (int k = 0; k < Units::kPack && i + k < rows.end; ++k) {
-          const vf s = load(products + (i + k - rows.begin) * stride + column);
-          const vf d = score_gradient(p, at, i + k, v, s, loss_sum);
-          // Products of columns that do not exist are not written.
-          scale_sum += select((vi)(d != splat(0.0f)), d * s, splat(0.0f));
-          bias_sum += d;
-          out[k] = d * splat(p.scale);
-        }
-        const int64_t r = i - rows.begin;
-        if constexpr (Units::kPack == 1) {
-          store(g.s + r * g.ld + column, out[0]);
-        } else {
-#if defined(__AVX512BF16__)
-          const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)out[0]));
-          const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)out[1]));
-          _mm512_storeu_si512(g.cross + r / 2 * g.ld + column,
-                              _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-          for (int k = 0; k < 2; ++k)
-            _mm256_storeu_si256((__m256i*)(g.pairs + (r + k) * (g.ld / 2) + column / 2),
-                                (__m256i)_mm512_cvtneps_pbh((__m512)out[k]));
-#endif
-        }
-      }
-      totals.dscale += sum(scale_sum);
-      totals.dbias += sum(bias_sum);
-      if (p.loss) totals.loss += sum(loss_sum);
-    }
-  }
-}
-
 // Memory of one thread of the backward pass.
 template <class Units>
 struct BackwardScratch {
   using Unit = typename Units::Unit;
   Unit *y_transposed, *y_rows, *x_rows, *pack, *rows;
+  float* products;  // [rows][64]
   ScoreGradients<Units> g;
 
   explicit BackwardScratch(int64_t dim) {
@@ -428,19 +229,33 @@ struct BackwardScratch {
     x_rows = allocate<Unit>(kBackwardRows * panels);
     pack = allocate<Unit>(17 * dim);
     rows = allocate<Unit>(kBackwardRows * dim);
-    g.ld = kBackwardColumns + kPad;
-    g.s = allocate<float>(kBackwardRows * g.ld);
-    g.pairs = g.cross = nullptr;
-    if (Units::kPack == 2) {
+    products = allocate<float>(kBackwardRows * kPanel);
+    g = {nullptr, nullptr, nullptr, kBackwardColumns + kPad};
+    if (Units::kPack == 1) {
+      g.s = allocate<float>(kBackwardRows * g.ld);
+    } else {
       g.pairs = allocate<Unit>(kBackwardRows * g.ld / 2);
       g.cross = allocate<Unit>(kBackwardRows / 2 * g.ld);
     }
   }
   ~BackwardScratch() {
-    void* all[] = {y_transposed, y_rows, x_rows, pack, rows, g.s, g.pairs, g.cross};
+    void* all[] = {y_transposed, y_rows, x_rows, pack, rows, products, g.s, g.pairs, g.cross};
     for (void* p : all) std::free(p);
   }
 };
+
+// n rows as they are, into panels [dim / 64][capacity][64]. A few rows at a time, so that neither side jumps
+// about in memory.
+template <class Units, class T>
+void pack_rows(const T* rows, int64_t n, int64_t dim, int64_t capacity, typename Units::Unit* out) {
+  constexpr int64_t kFew = 32;
+  for (int64_t i = 0; i < n; i += kFew) {
+    for (int64_t d = 0; d < dim; d += kPanel)
+      pack_rows_of<Units, T>([&](int64_t k) { return rows + (i + k) * dim + d; }, min64(kFew, n - i),
+                             min64(kPanel, dim - d), capacity,
+                             out + d * capacity + i / Units::kPack * kPanel);
+  }
+}
 
 // out [rows][dim] += a b, b packed as rows: [dim / 64][capacity][64].
 template <class Units>
@@ -458,32 +273,38 @@ void backward_chunk(const ContrastiveParams& p, Range rows, Range columns, Backw
   const T* y = static_cast<const T*>(p.y);
   constexpr int pack = Units::kPack;
   const int64_t units = p.dim / pack, row_step = w.g.ld / pack;
+  const bool kept = keeps(p, rows);
   for (int64_t j = columns.begin; j < columns.end; j += kBackwardColumns) {
     const Range c{j, min64(j + kBackwardColumns, columns.end)};
-    for (int64_t k = 0; !p.products && k < c.size(); k += kPanel)
-      pack_panel<Units, T>(y + (j + k) * p.dim, int(min64(kPanel, c.size() - k)), p.dim,
-                           w.y_transposed + k * units, w.pack);
-    if (p.dx)
-      pack_rows_of<Units, T>([&](int64_t k) { return y + (j + k) * p.dim; }, c.size(), p.dim,
-                             kBackwardColumns / pack, w.y_rows);
+    for (int64_t k = c.begin; !kept && k < c.end; k += kPanel)
+      pack_panel<Units, T>(y + k * p.dim, int(min64(kPanel, c.end - k)), p.dim,
+                           w.y_transposed + (k - j) * units, w.pack);
+    if (p.dx) pack_rows<Units, T>(y + j * p.dim, c.size(), p.dim, kBackwardColumns / pack, w.y_rows);
     for (int64_t i = rows.begin; i < rows.end; i += kBackwardRows) {
       const Range r{i, min64(i + kBackwardRows, rows.end)};
-      const auto* a = p.products ? nullptr : as_units<Units, T>(x + i * p.dim, r.size(), p.dim, w.rows);
-      for (int64_t k = 0; a && k < c.size(); k += kPanel)
-        multiply_panel<Units>(r.size(), int(min64(kPanel, c.size() - k)), a, units, 1,
-                              w.y_transposed + k * units, units, w.g.s + k, w.g.ld, Store::set);
-      gradients_of_scores<Units>(p, w.g, r, c, totals);
+      const auto* a = kept ? nullptr : as_units<Units, T>(x + i * p.dim, r.size(), p.dim, w.rows);
+      for (int64_t k = c.begin; k < c.end; k += kPanel) {
+        const Columns at(p, k, c.end);
+        if (a)
+          multiply_panel<Units>(r.size(), at.valid, a, units, 1, w.y_transposed + (k - j) * units, units,
+                                w.products, kPanel, Store::set);
+        const auto gradients = p.sigmoid ? gradients_of_panel<Units, true> : gradients_of_panel<Units, false>;
+        gradients(p, at, a ? w.products : kept_products(p, i, k), w.g, r, k - j, totals);
+      }
       if (p.dx)
         add_product<Units>(r.size(), w.g.by_row(), row_step, 1, w.y_rows, (c.size() + pack - 1) / pack,
                            kBackwardColumns / pack, p.dim, p.dx + i * p.dim);
       if (p.dy) {
-        pack_rows_of<Units, T>([&](int64_t k) { return x + (i + k) * p.dim; }, r.size(), p.dim,
-                               kBackwardRows / pack, w.x_rows);
+        pack_rows<Units, T>(x + i * p.dim, r.size(), p.dim, kBackwardRows / pack, w.x_rows);
         add_product<Units>(c.size(), w.g.by_column(), 1, w.g.ld, w.x_rows, (r.size() + pack - 1) / pack,
                            kBackwardRows / pack, p.dim, p.dy + j * p.dim);
       }
     }
   }
+}
+
+void clear(float* gradient, Range rows, int64_t dim) {
+  if (gradient) std::memset(gradient + rows.begin * dim, 0, rows.size() * dim * sizeof(float));
 }
 
 template <class Units, class T>
@@ -497,8 +318,12 @@ void backward(const ContrastiveParams& p) {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < parts; ++r) {
         const int64_t c = (r + turn) % parts;
-        backward_chunk<Units, T>(p, chunk(r, parts, p.n), chunk(c, parts, p.m), scratch,
-                                 partial[r * parts + c]);
+        const Range rows = chunk(r, parts, p.n), columns = chunk(c, parts, p.m);
+        if (turn == 0) {
+          clear(p.dx, rows, p.dim);
+          clear(p.dy, columns, p.dim);
+        }
+        backward_chunk<Units, T>(p, rows, columns, scratch, partial[r * parts + c]);
       }
     }
   }

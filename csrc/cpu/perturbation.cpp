@@ -1,6 +1,8 @@
 // Attack step and random start. Formulas and sources: mmfast/reference/perturbation.py.
 #include "mmfast/perturbation.h"
 
+#include <omp.h>
+
 #include <cmath>
 
 #include "cpu/isa.h"
@@ -22,38 +24,40 @@ struct Sums {
   float peak = 0;  // largest |g|
 };
 
+// f(begin, end, i) for every block i of n elements. A thread has the same blocks each time, and goes through
+// them backwards where the end of what it saw last is still in its cache.
+template <bool kBackwards, typename F>
+void for_blocks(int64_t n, int threads, const F& f) {
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  auto run = [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t i = kBackwards ? first + last - 1 - k : k;
+      f(i * kBlock, min64(n, (i + 1) * kBlock), i);
+    }
+  };
+  if (threads <= 1 || blocks <= 1) return run(0, blocks);
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    run(blocks * thread / team, blocks * (thread + 1) / team);
+  }
+}
+
 // Sums f(begin, end) over blocks, always in block order: the threads only decide who computes a block.
 template <typename F>
 Sums reduce(int64_t n, int threads, const F& f) {
+  Sums total, few[8];
   const int64_t blocks = (n + kBlock - 1) / kBlock;
-  Sums total;
-  auto add = [&](const Sums& s) {
-    total.a += s.a;
-    total.b += s.b;
-    total.c += s.c;
-    total.peak = total.peak > s.peak ? total.peak : s.peak;
-  };
-  if (threads <= 1 || blocks <= 1) {
-    for (int64_t i = 0; i < blocks; ++i) add(f(i * kBlock, min64(n, (i + 1) * kBlock)));
-    return total;
+  Sums* part = blocks > 8 ? new Sums[blocks] : few;
+  for_blocks<false>(n, threads, [&](int64_t begin, int64_t end, int64_t i) { part[i] = f(begin, end); });
+  for (int64_t i = 0; i < blocks; ++i) {
+    total.a += part[i].a;
+    total.b += part[i].b;
+    total.c += part[i].c;
+    total.peak = total.peak > part[i].peak ? total.peak : part[i].peak;
   }
-  Sums* part = new Sums[blocks];
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < blocks; ++i) part[i] = f(i * kBlock, min64(n, (i + 1) * kBlock));
-  for (int64_t i = 0; i < blocks; ++i) add(part[i]);
-  delete[] part;
+  if (part != few) delete[] part;
   return total;
-}
-
-template <typename F>
-void for_blocks(int64_t n, int threads, const F& f) {
-  const int64_t blocks = (n + kBlock - 1) / kBlock;
-  if (threads <= 1 || blocks <= 1) {
-    for (int64_t i = 0; i < blocks; ++i) f(i * kBlock, min64(n, (i + 1) * kBlock));
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < blocks; ++i) f(i * kBlock, min64(n, (i + 1) * kBlock));
 }
 
 // f(i, lanes) for every vector of [begin, end); the last one may be short.
@@ -172,17 +176,35 @@ void apply(const Unit<T>& u, const T* grad, const Coefficients& c, int64_t begin
   });
 }
 
+// One accumulator per k, or each addition would wait for the one before.
+struct Two {
+  vf v[2] = {};
+  __attribute__((always_inline)) double total() const { return double(sum(v[0] + v[1])); }
+};
+
+// f(i, lanes, k) for every vector of [begin, end), k alternating between 0 and 1.
+template <typename F>
+MMFAST_INLINE void for_vectors_in_two(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+    f(i, kLanes, 0);
+    f(i + kLanes, kLanes, 1);
+  }
+  for_vectors(i, end, [&](int64_t i, int n) __attribute__((always_inline)) { f(i, n, 0); });
+}
+
 // |v|^2 in chunks: a is the sum.
 template <typename F>
 Sums squares(int64_t begin, int64_t end, const F& value) {
   Sums s;
   for (int64_t at = begin; at < end; at += kChunk) {
-    vf sum_v = splat(0.0f);
-    for_vectors(at, min64(end, at + kChunk), [&](int64_t i, int n) {
-      const vf v = value(i, n);
-      sum_v += v * v;
-    });
-    s.a += sum(sum_v);
+    Two vv;
+    for_vectors_in_two(at, min64(end, at + kChunk),
+                       [&](int64_t i, int n, int k) __attribute__((always_inline)) {
+                         const vf v = value(i, n);
+                         vv.v[k] += v * v;
+                       });
+    s.a += vv.total();
   }
   return s;
 }
@@ -191,38 +213,41 @@ Sums squares(int64_t begin, int64_t end, const F& value) {
 template <typename T>
 Sums products(const Unit<T>& u, const T* grad, float scale, int64_t begin, int64_t end) {
   Sums s;
-  vf peak = splat(0.0f);
+  Two peak;
+  const T* delta = u.delta;
   for (int64_t at = begin; at < end; at += kChunk) {
-    vf gg = splat(0.0f), dg = splat(0.0f), dd = splat(0.0f);
-    for_vectors(at, min64(end, at + kChunk), [&](int64_t i, int n) {
-      const vf d = read(u.delta + i, n), g = finite(read(grad + i, n)) * splat(scale);
-      gg += g * g;
-      dg += d * g;
-      dd += d * d;
-      peak = vmax(peak, vabs(g));
-    });
-    s.a += sum(gg);
-    s.b += sum(dg);
-    s.c += sum(dd);
+    Two gg, dg, dd;
+    for_vectors_in_two(at, min64(end, at + kChunk),
+                       [&](int64_t i, int n, int k) __attribute__((always_inline)) {
+                         const vf d = read(delta + i, n), g = finite(read(grad + i, n)) * splat(scale);
+                         gg.v[k] += g * g;
+                         dg.v[k] += d * g;
+                         dd.v[k] += d * d;
+                         peak.v[k] = vmax(peak.v[k], vabs(g));
+                       });
+    s.a += gg.total();
+    s.b += dg.total();
+    s.c += dd.total();
   }
-  s.peak = max_lane(peak);
+  s.peak = max_lane(vmax(peak.v[0], peak.v[1]));
   return s;
 }
 
 template <typename T>
 Sums absolute(const T* grad, float scale, int64_t begin, int64_t end) {
   Sums s;
-  vf peak = splat(0.0f);
+  Two peak;
   for (int64_t at = begin; at < end; at += kChunk) {
-    vf total = splat(0.0f);
-    for_vectors(at, min64(end, at + kChunk), [&](int64_t i, int n) {
-      const vf g = vabs(finite(read(grad + i, n)) * splat(scale));
-      total += g;
-      peak = vmax(peak, g);
-    });
-    s.a += sum(total);
+    Two total;
+    for_vectors_in_two(at, min64(end, at + kChunk),
+                       [&](int64_t i, int n, int k) __attribute__((always_inline)) {
+                         const vf g = vabs(finite(read(grad + i, n)) * splat(scale));
+                         total.v[k] += g;
+                         peak.v[k] = vmax(peak.v[k], g);
+                       });
+    s.a += total.total();
   }
-  s.peak = max_lane(peak);
+  s.peak = max_lane(vmax(peak.v[0], peak.v[1]));
   return s;
 }
 
@@ -235,7 +260,7 @@ void update_momentum(const Unit<T>& u, int threads) {
   scale = rescale(s.peak);
   if (scale != 1) s = reduce(u.n, threads, measure);
   const float inverse = s.a > 0 ? float(1 / s.a) : 0;
-  for_blocks(u.n, threads, [&](int64_t begin, int64_t end) {
+  for_blocks<true>(u.n, threads, [&](int64_t begin, int64_t end, int64_t) {
     for_vectors(begin, end, [&](int64_t i, int n) {
       const vf g = finite(read(u.grad + i, n)) * splat(scale);
       write(u.momentum + i, splat(u.decay) * read(u.momentum + i, n) + g * splat(inverse), n);
@@ -283,8 +308,9 @@ void step_unit(const Unit<T>& u, int threads) {
       if (blended > eps * eps) c.last = float(eps / std::sqrt(blended));
     }
   }
-  for_blocks(u.n, threads,
-             [&](int64_t begin, int64_t end) { apply<T, kL2, kBox, kPrevious>(u, grad, c, begin, end); });
+  for_blocks<kL2>(u.n, threads, [&](int64_t begin, int64_t end, int64_t) {
+    apply<T, kL2, kBox, kPrevious>(u, grad, c, begin, end);
+  });
 }
 
 template <typename T>
@@ -363,8 +389,11 @@ void for_pieces(const PerturbParams& p, bool whole_samples, const F& f) {
   if (threads == 1 || (pieces < 2 * threads && whole_samples)) {
     for (int64_t i = 0; i < pieces; ++i) run(i, threads);
   } else {
+    // A thread takes as many pieces at a time as make up one block.
+    const int64_t some = 1 + pieces * (kBlock / 2) / (elements + 1);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t i = 0; i < pieces; ++i) run(i, 1);
+    for (int64_t group = 0; group < (pieces + some - 1) / some; ++group)
+      for (int64_t i = group * some; i < min64(pieces, (group + 1) * some); ++i) run(i, 1);
   }
   delete[] first;
 }
@@ -511,7 +540,7 @@ void start_all(const PerturbParams& p) {
       const double u = double(uniform_from(r.x)) + 0x1p-24;
       const float factor =
           square > 0 ? float(eps * std::exp(std::log(u) / double(unit)) / std::sqrt(square)) : 0;
-      for_blocks(unit, threads, [&](int64_t begin, int64_t end) {
+      for_blocks<false>(unit, threads, [&](int64_t begin, int64_t end, int64_t) {
         for_numbers<true>(p.seed, sample, stream + kNormal, at + begin, at + end,
                           [&](int64_t e, float z) { put<T>(t, base + e, z * factor); });
       });

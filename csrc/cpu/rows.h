@@ -5,10 +5,6 @@
 
 #include "cpu/simd.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace mmfast {
 namespace MMFAST_ISA {
 namespace {

@@ -12,8 +12,11 @@
 #define MMFAST_VECTOR_BYTES 16
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+// g++ 12 takes the undefined sources of its own unmasked AVX-512 intrinsics for a mistake.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 namespace mmfast {
@@ -72,11 +75,19 @@ MMFAST_INLINE void store(float* p, vf v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// The conversions are intrinsics because GCC splits __builtin_convertvector into two halves and joins them
+// again.
 MMFAST_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__)
+  return (vf)((vu)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return (vf)((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   vh half;
   std::memcpy(&half, p, sizeof half);
   const vu bits = __builtin_convertvector(half, vu) << 16;
   return (vf)bits;
+#endif
 }
 MMFAST_INLINE void store(bf16* p, vf v) {
 #if defined(__AVX512BF16__)
@@ -87,7 +98,12 @@ MMFAST_INLINE void store(bf16* p, vf v) {
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vu quiet = (bits >> 16) | 0x40u;
   const vu nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
-  const vh half = __builtin_convertvector((quiet & nan) | (rounded & ~nan), vh);
+  const vu bits16 = (quiet & nan) | (rounded & ~nan);
+#if defined(__AVX512F__)
+  const vh half = (vh)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits16);  // without mask GCC 12 warns
+#else
+  const vh half = __builtin_convertvector(bits16, vh);
+#endif
   std::memcpy(p, &half, sizeof half);
 #endif
 }
@@ -145,12 +161,17 @@ MMFAST_INLINE float max_lane(vf v) {
   return lane[0];
 }
 
-// 2^x for x <= 127, relative error below 3e-7; 0 from about -126 on down, NaN for NaN.
+// 2^x for x <= 127, relative error below 3e-7; 0 for -inf, NaN for NaN. Below -126 it is 0 or gradually 0.
 MMFAST_INLINE vf exp2_approx(vf x) {
+#if defined(__AVX512F__)
+  const __m512 v = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // the second operand where one is NaN
+  const __m512 power = _mm512_roundscale_ps(v, 8);
+  const vf f = (vf)_mm512_sub_ps(v, power);
+#else
   const vf clamped = vmax(vmin(x, splat(127.0f)), splat(-127.0f));
-  const vf shifted = clamped + splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer in the low bits
-  const vf whole = shifted - splat(12582912.0f);
-  const vf f = clamped - whole;  // in [-0.5, 0.5]
+  const vf shifted = clamped + splat(12582912.0f);        // 1.5 * 2^23: rounds to an integer in the low bits
+  const vf f = clamped - (shifted - splat(12582912.0f));  // in [-0.5, 0.5]
+#endif
   vf p = splat(1.5353362e-4f);
   p = p * f + splat(1.3398874e-3f);
   p = p * f + splat(9.6184370e-3f);
@@ -158,9 +179,13 @@ MMFAST_INLINE vf exp2_approx(vf x) {
   p = p * f + splat(2.4022648e-1f);
   p = p * f + splat(6.9314720e-1f);
   p = p * f + splat(1.0f);
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, power);
+#else
   const vi exponent = ((vi)shifted - 0x4b400000) << 23;
   const vf scaled = (vf)((vi)p + exponent);
   return select(x < splat(-126.0f), splat(0.0f), select(x != x, x, scaled));
+#endif
 }
 
 MMFAST_INLINE vf exp_approx(vf x) {

@@ -1,11 +1,13 @@
-"""Registration with torch.library, the same way for every op."""
+"""Registration with torch.library, the same way for every op, and the short way past the dispatcher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 _library = torch.library.Library("mmfast", "FRAGMENT")
 
@@ -19,7 +21,10 @@ def define(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> Callable:
-    """Registers `mmfast::<schema>` and returns its default overload.
+    """Registers `mmfast::<schema>` and returns a function that runs it; the default overload is its attribute `op`.
+
+    The function calls the implementation itself where nothing would look at the call on its way through the dispatcher, whose Python
+    layers cost more than a small kernel.
 
     An op with Triton kernels has one more argument, `str backend`, last in its schema: "cpu" or "triton", as
     `_dispatch.choose` said. The implementations and the fake do not get it; `setup_context` finds it in `inputs[-1]`,
@@ -27,13 +32,14 @@ def define(
 
     Args:
         schema: name and signature in torch's schema language.
-        cpu: implementation over CPU tensors.
+        cpu: implementation over CPU tensors. It counts the versions of tensors that it changes.
         triton: implementation by Triton kernels, over tensors on a GPU, or on the CPU where kernels are interpreted.
         fake: shapes and dtypes of the outputs, for torch.compile and export.
         setup_context, backward: the autograd formula, as for torch.library.register_autograd.
     """
     name = schema[: schema.index("(")]
     _library.define(schema)
+    run = cpu
     if triton is None:
         _library.impl(name, cpu, "CPU")
     else:
@@ -52,7 +58,90 @@ def define(
     torch.library.register_fake(f"mmfast::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"mmfast::{name}", backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.mmfast, name).default
+    op = getattr(torch.ops.mmfast, name).default
+    function = None if setup_context is None else _function(name, op._schema, run, setup_context, backward)
+    takes_lists = "Tensor[]" in schema.partition("->")[0]
+
+    def call(*args):
+        if torch.compiler.is_compiling() or _observed():
+            return op(*args)
+        differentiable = False
+        for tensor in _tensors(args):
+            if type(tensor) not in _ORDINARY or not tensor.is_cpu or tensor.is_neg():
+                return op(*args)
+            differentiable |= tensor.requires_grad
+        if not differentiable or not torch.is_grad_enabled():
+            return run(*args)
+        if function is None:  # a formula that raises is left to the dispatcher
+            return op(*args)
+        sizes = _sizes(args) if takes_lists else None
+        return function.apply(sizes, *(_flat(args, sizes) if takes_lists else args))
+
+    call.op = op
+    return call
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def _observed() -> bool:
+    """Whether a mode, a transform, a trace or a profiler wants to see every op."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or profiler._is_profiler_enabled
+    )
+
+
+def _tensors(args: Sequence) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, list):
+            yield from (x for x in arg if isinstance(x, Tensor))
+
+
+def _function(
+    name: str, schema: torch.FunctionSchema, run: Callable, setup_context: Callable, backward: Callable
+) -> type[torch.autograd.Function]:
+    """The formula as a torch.autograd.Function, which takes lists of tensors one by one."""
+    gives_list = str(schema.returns[0].type) == "List[Tensor]"
+
+    def forward(ctx, sizes, *flat):
+        args, asked = flat, ctx.needs_input_grad[1:]
+        if sizes is not None:
+            args, asked = _nested(flat, sizes), _nested(asked, sizes)
+        output = run(*args)
+        ctx.sizes_of_args, ctx.needs_input_grad = sizes, asked
+        setup_context(ctx, args, output)
+        return output if isinstance(output, Tensor) else tuple(output)
+
+    def apply_formula(ctx, *grads):
+        grads = backward(ctx, list(grads)) if gives_list else backward(ctx, *grads)
+        sizes = ctx.sizes_of_args
+        return None, *(grads if sizes is None else _flat(grads, sizes))
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(apply_formula)}
+    return type(name, (torch.autograd.Function,), methods)
+
+
+def _sizes(args: Sequence) -> tuple[int | None, ...]:
+    """Lengths of the arguments that are lists of tensors, None for the others."""
+    return tuple(len(a) if type(a) is list and (not a or isinstance(a[0], Tensor)) else None for a in args)
+
+
+def _flat(args: Iterable, sizes: Sequence[int | None]) -> Iterator:
+    for arg, size in zip(args, sizes):
+        if size is None:
+            yield arg
+        else:
+            yield from [None] * size if arg is None else arg
+
+
+def _nested(flat: Sequence, sizes: Sequence[int | None]) -> tuple:
+    rest = iter(flat)
+    return tuple(next(rest) if size is None else list(itertools.islice(rest, size)) for size in sizes)
 
 
 def _without_backend(function: Callable) -> Callable:

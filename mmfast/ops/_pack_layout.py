@@ -71,6 +71,13 @@ def checks_values(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("MMFAST_CHECK", "0") == "1"
 
 
+def _constants(values: Sequence[int | bool], device: torch.device) -> Tensor:
+    """Numbers on the device; a copy from the host's memory would wait for the GPU."""
+    if device.type == "cpu":
+        return torch.tensor(values)
+    return torch.stack([torch.full((), value, device=device) for value in values])
+
+
 def check_parts(parts: Mapping[str, Part]) -> None:
     """Shapes, dtypes and devices of the parts."""
     if not 1 <= len(parts) <= MAX_MODALITIES:
@@ -138,7 +145,7 @@ def pack_layout(parts: Mapping[str, Part], order: Order | None) -> tuple[Layout,
     else:
         _check_order(names, counts, order, device, check)
         part = order.part
-        first = torch.tensor([0, *counts[:-1]], device=device).cumsum(0)
+        first = _constants([0, *counts[:-1]], device).cumsum(0)
         slot = first[part.long()] + order.item
         ends = pad(order.samples.long().cumsum(0), (1, 0))
     item_lengths = torch.cat(lengths)
@@ -178,7 +185,7 @@ def _positions(parts: Mapping[str, Part], source: Tensor, modality: Tensor, plac
     if all(given):
         return position
     own = pad(place.to(torch.int32)[:, None], (0, axes - 1))
-    return torch.where(torch.tensor(given, device=source.device)[modality.long()][:, None], position, own)
+    return torch.where(_constants(given, source.device)[modality.long()][:, None], position, own)
 
 
 def _check_lengths(names: Sequence[str], sizes: Sequence[int], lengths: Sequence[Tensor]) -> None:

@@ -6,6 +6,8 @@ Vaswani et al. 2017 (arXiv 1706.03762); the kernels follow FlashAttention-2 (Dao
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,11 +70,16 @@ def attention(
 
     Source: Vaswani et al. 2017, equation 1; Gemma 2 (arXiv 2408.00118) for the softcap.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"attention: {name} must be a torch.Tensor, got {type(x).__name__}")
     q, k, v = _autocast(q, k, v)
     layout_k = layout_q if layout_k is None else layout_k
     mask = _FULL if mask is None else mask
     _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"attention: softmax_scale is {scale}; expected a finite number")
     chosen = _dispatch.choose(
         "attention",
         backend,
@@ -129,15 +136,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3:
-            raise ValueError(f"attention: {name} must be [T, heads, D], got {list(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"attention: {name} has dtype {x.dtype}; expected a floating-point dtype")
-        if x.dtype != q.dtype:
-            raise TypeError(f"attention: {name} has dtype {x.dtype}, q has {q.dtype}; convert them to one dtype")
-        if x.device != q.device:
-            raise ValueError(f"attention: {name} is on {x.device}, q on {q.device}; move them to one device")
+    alike = q.dim() == k.dim() == v.dim() == 3 and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
+    if not alike or not q.is_floating_point():
+        _explain_tensors(q, k, v)
     if q.shape[2] % 8 or not 8 <= q.shape[2] <= 256:
         raise ValueError(f"attention: D is {q.shape[2]}; expected a multiple of 8 up to 256; pad q, k and v with zeros")
     if k.shape != v.shape:
@@ -163,7 +164,7 @@ def _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed) 
         )
     if not isinstance(mask, ModalityMask):
         raise TypeError(f"attention: mask must be a mmfast.ModalityMask, got {type(mask).__name__}")
-    if softcap < 0:
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"attention: softcap is {softcap}; expected 0 (none) or a positive limit")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"attention: dropout_p is {dropout_p}; expected 0 <= dropout_p < 1")
@@ -172,6 +173,18 @@ def _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed) 
             raise ValueError("attention: dropout needs dropout_seed, an int64 tensor of one element on q's device")
         if dropout_seed.device != q.device:
             raise ValueError(f"attention: dropout_seed is on {dropout_seed.device}, q on {q.device}; move it there")
+
+
+def _explain_tensors(q, k, v) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3:
+            raise ValueError(f"attention: {name} must be [T, heads, D], got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"attention: {name} has dtype {x.dtype}; expected a floating-point dtype")
+        if x.dtype != q.dtype:
+            raise TypeError(f"attention: {name} has dtype {x.dtype}, q has {q.dtype}; convert them to one dtype")
+        if x.device != q.device:
+            raise ValueError(f"attention: {name} is on {x.device}, q on {q.device}; move them to one device")
 
 
 # torch.library
@@ -190,8 +203,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _forward_cpu(q, k, v, *rest):
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     _native.cpu().attention_forward(_rows(q), _rows(k), _rows(v), out, lse, rest[:5], rest[5:10], *rest[10:])
     return out, lse
 
@@ -226,7 +239,7 @@ def _autograd(ctx, dout, dlse):
 
 
 def _backward_cpu(dout, q, k, v, out, lse, *rest):
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _native.cpu().attention_backward(
         _rows(dout), _rows(q), _rows(k), _rows(v), out, lse, dq, dk, dv, rest[:5], rest[5:10], *rest[10:]
     )

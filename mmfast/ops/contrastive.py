@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmfast import _native
-from mmfast.ops._dispatch import choose, cpu_refusal
+from mmfast.ops._dispatch import choose, cpu_refusal, triton_refusal
 from mmfast.ops._library import define, no_double_backward
 from mmfast.reference import contrastive as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGN = 16  # features are padded with zeros to a multiple of this
-_KEPT_PRODUCTS = 1 << 22  # what InfoNCE keeps for its backward pass at most, 16 MiB: more would cost page faults
+_KEPT_PRODUCTS = 1 << 24  # what InfoNCE keeps for its backward pass at most: 64 MiB
 
 
 def contrastive_loss(
@@ -37,8 +37,8 @@ def contrastive_loss(
         sigmoid: -1 / N * sum_ij log sigmoid(l_ij z_ij), l_ii = 1, l_ij = -1
 
     Scores are computed in tiles: O(N D) memory and 6 N^2 D operations for the sigmoid loss, whose gradients are made
-    with the loss in one pass. InfoNCE keeps its products for the backward pass where they fit into 16 MiB (N = 2048);
-    beyond, it computes them again: 8 N^2 D operations and O(N D) memory.
+    with the loss in one pass. InfoNCE keeps up to 64 MiB of its products for the backward pass, all of them up to
+    N = 4096; it computes the others again: up to 8 N^2 D operations, still O(N D) memory.
 
     Args:
         x, y: features `[N, D]`, N >= 1; the caller normalises them. float32, bfloat16, float16 (float64: reference).
@@ -51,13 +51,13 @@ def contrastive_loss(
         group: process group whose ranks hold equally many pairs each: the loss is over all their pairs. y is gathered
             once; each rank computes its rows of scores. The value is the same on all ranks. Gradients are those of
             the sum of the ranks' values, so that averaging over ranks (DDP) gives the gradient of one loss.
-        backend: "cpu", "reference", or None for the best that can run.
+        backend: "cpu", "triton", "reference", or None for the best that can run.
 
     Returns:
         float32 scalar (float64 for float64 input). Once differentiable (reference: twice) in x, y, scale, bias.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit.
+        ValueError, TypeError: arguments that do not fit; the message says which and how to mend it.
         RuntimeError: the explicit backend cannot run.
         NotImplementedError: second derivatives of the kernels.
 
@@ -66,11 +66,15 @@ def contrastive_loss(
     op = "contrastive_loss"
     _check(op, x, y, kind, bias, ids)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         x, y = x.to(torch.get_autocast_dtype(device)), y.to(torch.get_autocast_dtype(device))
     scale = _number(op, "scale", scale, x)
     bias = _number(op, "bias", 0.0 if bias is None else bias, x)
-    chosen = choose(op, backend, {"cpu": lambda: cpu_refusal(x, y, dtypes=_DTYPES)})
+    refusals = {
+        "cpu": lambda: cpu_refusal(x, y, dtypes=_DTYPES),
+        "triton": lambda: triton_refusal(x, y, dtypes=_DTYPES),
+    }
+    chosen = choose(op, backend, refusals)
     world = 1 if group is None else dist.get_world_size(group)
     offset = 0
     ids_y = ids
@@ -78,18 +82,18 @@ def contrastive_loss(
         y = _gather(op, y, group)
         ids_y = None if ids is None else _gather(op, ids, group)
         offset = dist.get_rank(group) * x.shape[0]
-    if chosen == "cpu":
-        x, y = _prepared(x), _prepared(y)
+    if chosen != "reference":
+        x, y = _prepared(x, chosen), _prepared(y, chosen)
     if kind == "sigmoid":
-        if chosen == "cpu":
+        if chosen != "reference":
             gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale, bias))
-            loss = _sigmoid(x, y, scale, bias, ids, ids_y, offset, gradients)[0]
+            loss = _sigmoid(x, y, scale, bias, ids, ids_y, offset, gradients, chosen)[0]
         else:
             loss = reference.sigmoid_rows(x, y, scale, bias, ids, ids_y, offset).mean()
     else:
-        if chosen == "cpu":
+        if chosen != "reference":
             gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale))
-            row, column, diagonal, _ = _infonce(x, y, scale, ids, ids_y, offset, gradients)
+            row, column, diagonal, _ = _infonce(x, y, scale, ids, ids_y, offset, gradients, chosen)
         else:
             row, column, diagonal = reference.infonce_statistics(x, y, scale, ids, ids_y, offset)
         if world > 1:
@@ -107,6 +111,9 @@ def contrastive_loss(
 def _check(op, x, y, kind, bias, ids) -> None:
     if kind not in ("infonce", "sigmoid"):
         raise ValueError(f"{op}: kind is {kind!r}; expected 'infonce' or 'sigmoid'")
+    for name, t in (("x", x), ("y", y), *(() if ids is None else (("ids", ids),))):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
     if x.dim() != 2 or x.shape[0] < 1 or not x.is_floating_point():
         raise ValueError(f"{op}: x is {_describe(x)}; expected floating-point features [N, D] with N >= 1")
     if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
@@ -124,15 +131,17 @@ def _number(op: str, name: str, value: Tensor | float, x: Tensor) -> Tensor:
     """A tensor of no dimension, float32 unless x is float64."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{op}: {name} must be a number or a torch.Tensor, got {type(value).__name__}")
         return torch.full((), value, dtype=dtype, device=x.device)
     if value.numel() != 1 or value.device != x.device:
         raise ValueError(f"{op}: {name} is {_describe(value)} on {value.device}; expected one number on {x.device}")
     return value.reshape(()).to(dtype)
 
 
-def _prepared(x: Tensor) -> Tensor:
-    """float32 or bfloat16, contiguous, features a multiple of 16."""
-    x = x.float() if x.dtype == torch.float16 else x
+def _prepared(x: Tensor, backend: str) -> Tensor:
+    """A dtype that the kernels take, contiguous, features a multiple of 16."""
+    x = x.float() if x.dtype == torch.float16 and backend == "cpu" else x
     if x.shape[1] % _ALIGN or x.shape[1] == 0:
         x = torch.nn.functional.pad(x, (0, (-x.shape[1]) % _ALIGN or _ALIGN))
     return x.contiguous()
@@ -181,27 +190,46 @@ class _NoContext:
 
 
 def _codes(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Ids as int32 that are equal where the ids are."""
+    """Ids as int32 that are equal where the ids are. Waits for no GPU, unlike torch.unique."""
     if ids_x is None:
         return None, None
-    codes = torch.unique(torch.cat([ids_x, ids_y]), return_inverse=True)[1].to(torch.int32)
+    ordered, place = torch.cat([ids_x, ids_y]).sort()
+    codes = torch.empty_like(place, dtype=torch.int32)
+    codes[place] = torch.nn.functional.pad((ordered.diff() != 0).int().cumsum(0, dtype=torch.int32), (1, 0))
     return codes[: ids_x.shape[0]].contiguous(), codes[ids_x.shape[0] :].contiguous()
 
 
 def _products(x, y, gradients):
-    """Room for x y^T until the backward pass, rows of whole panels of 64; of no size where it is not kept."""
-    n, m = x.shape[0], y.shape[0]
-    kept = gradients and n * m <= _KEPT_PRODUCTS
-    return x.new_empty((n, (m + 63) // 64 * 64) if kept else (0, 0), dtype=torch.float32)
+    """Room for rows of x y^T until the backward pass, in panels of 64 columns; of no size where none are kept."""
+    panels = (y.shape[0] + 63) // 64
+    kept = min(x.shape[0], _KEPT_PRODUCTS // (64 * panels)) if gradients else 0
+    return x.new_empty((panels, kept, 64), dtype=torch.float32)
 
 
 def _infonce_cpu(x, y, scale, ids_x, ids_y, offset, gradients):
     row, diagonal = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     column, products = torch.empty(y.shape[0], dtype=torch.float32), _products(x, y, gradients)
     codes = _codes(ids_x, ids_y)
-    kept = products if products.numel() else None
-    _native.cpu().contrastive_forward(x, y, scale, None, *codes, offset, False, row, column, diagonal, kept)
+    _native.cpu().contrastive_forward(x, y, scale, None, *codes, offset, False, row, column, diagonal, products)
     return row, column, diagonal, products
+
+
+def _infonce_triton(x, y, scale, ids_x, ids_y, offset, gradients):
+    from mmfast.kernels import contrastive as kernels
+
+    row, column, diagonal, products = _infonce_fake(x, y, scale, ids_x, ids_y, offset, gradients)
+    kept = _matrix(products, x, y)
+    if kept is not None:
+        kept[:, y.shape[0] :] = 0  # the kernels leave out columns that do not exist
+    kernels.infonce_forward(x, y, scale, *_codes(ids_x, ids_y), offset, row, column, diagonal, kept)
+    return row, column, diagonal, products
+
+
+def _matrix(products, x, y):
+    """The kept products as a matrix, or None."""
+    stride = (y.shape[0] + 63) // 64 * 64
+    size = x.shape[0] * stride
+    return products.flatten()[:size].view(-1, stride) if products.numel() >= size else None
 
 
 def _infonce_fake(x, y, scale, ids_x, ids_y, offset, gradients):
@@ -220,6 +248,26 @@ def _sigmoid_cpu(x, y, scale, bias, ids_x, ids_y, offset, gradients):
     return loss.reshape(()), *_gradients(x, y, scale, bias, ids_x, ids_y, offset, None, None, None, [share], loss=loss)
 
 
+def _sigmoid_triton(x, y, scale, bias, ids_x, ids_y, offset, gradients):
+    arguments = (x, y, scale, bias, ids_x, ids_y, offset, None, None, None, [])
+    if not gradients:
+        *_, loss = _gradients_triton(*arguments, need_x=False, need_y=False)
+        return loss, *(x.new_empty(0, dtype=torch.float32) for _ in range(4))
+    *gradients, loss = _gradients_triton(*arguments)
+    return loss, *gradients
+
+
+def _gradients_triton(x, y, scale, bias, ids_x, ids_y, offset, row, column, products, grads, need_x=True, need_y=True):
+    """Gradients of x, y, scale and bias, and the loss."""
+    from mmfast.kernels import contrastive as kernels
+
+    dx = torch.empty_like(x) if need_x else x.new_empty(0, 0)
+    dy = torch.empty_like(y) if need_y else y.new_empty(0, 0)
+    grads, wanted = [g.contiguous() for g in grads], (dx if need_x else None, dy if need_y else None)
+    sums = kernels.gradients(x, y, scale, bias, *_codes(ids_x, ids_y), offset, row, column, products, grads, *wanted)
+    return dx, dy, *(s.clone() for s in sums.unbind())
+
+
 def _sigmoid_fake(x, y, scale, bias, ids_x, ids_y, offset, gradients):
     number = x.new_empty((), dtype=torch.float32)
     if not gradients:
@@ -230,8 +278,8 @@ def _sigmoid_fake(x, y, scale, bias, ids_x, ids_y, offset, gradients):
 def _gradients(
     x, y, scale, bias, ids_x, ids_y, offset, row, column, products, grads, need_x=True, need_y=True, loss=None
 ):
-    dx = torch.zeros(x.shape if need_x else (0, 0), dtype=torch.float32)
-    dy = torch.zeros(y.shape if need_y else (0, 0), dtype=torch.float32)
+    dx = torch.empty(x.shape if need_x else (0, 0), dtype=torch.float32)
+    dy = torch.empty(y.shape if need_y else (0, 0), dtype=torch.float32)
     dscale, dbias = torch.empty(1), torch.empty(1)
     grads = [g.contiguous() for g in grads] + [None, None]
     _native.cpu().contrastive_backward(
@@ -256,8 +304,12 @@ def _gradients(
 
 
 def _backward_cpu(x, y, scale, ids_x, ids_y, offset, row, column, products, grads, need_x, need_y):
-    kept = products if products.numel() else None
-    return _gradients(x, y, scale, None, ids_x, ids_y, offset, row, column, kept, grads, need_x, need_y)[:3]
+    return _gradients(x, y, scale, None, ids_x, ids_y, offset, row, column, products, grads, need_x, need_y)[:3]
+
+
+def _backward_triton(x, y, scale, ids_x, ids_y, offset, row, column, products, grads, need_x, need_y):
+    kept = _matrix(products, x, y)
+    return _gradients_triton(x, y, scale, None, ids_x, ids_y, offset, row, column, kept, grads, need_x, need_y)[:3]
 
 
 def _backward_fake(x, y, scale, ids_x, ids_y, offset, row, column, products, grads, need_x, need_y):
@@ -268,18 +320,25 @@ def _backward_fake(x, y, scale, ids_x, ids_y, offset, row, column, products, gra
 
 _backward = define(
     "contrastive_infonce_backward(Tensor x, Tensor y, Tensor scale, Tensor? ids_x, Tensor? ids_y, int offset,"
-    " Tensor row, Tensor column, Tensor products, Tensor[] grads, bool need_x, bool need_y)"
+    " Tensor row, Tensor column, Tensor products, Tensor[] grads, bool need_x, bool need_y, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
+    triton=_backward_triton,
     fake=_backward_fake,
     setup_context=lambda ctx, inputs, output: None,
     backward=no_double_backward("contrastive_loss"),
 )
 
+
+def _scaled(grad, inputs, gradients):
+    return [(grad * g).to(g.dtype) for g in gradients]
+
+
 # The inputs take part so that a second derivative is noticed.
 _sigmoid_backward_op = define(
-    "contrastive_sigmoid_backward(Tensor grad, Tensor[] inputs, Tensor[] gradients) -> Tensor[]",
-    cpu=lambda grad, inputs, gradients: [(grad * g).to(g.dtype) for g in gradients],
+    "contrastive_sigmoid_backward(Tensor grad, Tensor[] inputs, Tensor[] gradients, str backend) -> Tensor[]",
+    cpu=_scaled,
+    triton=_scaled,
     fake=lambda grad, inputs, gradients: [torch.empty_like(g) for g in gradients],
     setup_context=lambda ctx, inputs, output: None,
     backward=no_double_backward("contrastive_loss"),
@@ -287,38 +346,42 @@ _sigmoid_backward_op = define(
 
 
 def _setup_infonce(ctx, inputs, output):
-    x, y, scale, ids_x, ids_y, ctx.offset, _ = inputs
+    x, y, scale, ids_x, ids_y, ctx.offset, _, ctx.backend = inputs
     row, column, _, products = output
     ctx.mark_non_differentiable(products)
+    ctx.set_materialize_grads(False)  # zeros as large as the products
     ctx.save_for_backward(x, y, scale, ids_x, ids_y, row, column, products)
 
 
 def _infonce_backward(ctx, *grads):
     *saved, row, column, products = ctx.saved_tensors
     need_x, need_y, need_scale, *_ = ctx.needs_input_grad
-    dx, dy, dscale = _backward(*saved, ctx.offset, row, column, products, list(grads[:3]), need_x, need_y)
-    return *(g if need else None for g, need in ((dx, need_x), (dy, need_y), (dscale, need_scale))), *[None] * 4
+    grads = [torch.zeros_like(like) if g is None else g for g, like in zip(grads, (row, column, row))]
+    dx, dy, dscale = _backward(*saved, ctx.offset, row, column, products, grads, need_x, need_y, ctx.backend)
+    return *(g if need else None for g, need in ((dx, need_x), (dy, need_y), (dscale, need_scale))), *[None] * 5
 
 
 def _setup_sigmoid(ctx, inputs, output):
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
+    ctx.backend = inputs[-1]
     ctx.save_for_backward(*inputs[:4], *gradients)
 
 
 def _sigmoid_backward(ctx, grad, *_):
     inputs, gradients = list(ctx.saved_tensors[:4]), list(ctx.saved_tensors[4:])
     if grad is None:
-        return (None,) * 8
-    result = _sigmoid_backward_op(grad, inputs, gradients)
-    return *(g if need else None for g, need in zip(result, ctx.needs_input_grad)), None, None, None, None
+        return (None,) * 9
+    result = _sigmoid_backward_op(grad, inputs, gradients, ctx.backend)
+    return *(g if need else None for g, need in zip(result, ctx.needs_input_grad)), *[None] * 5
 
 
 _infonce = define(
-    "contrastive_infonce(Tensor x, Tensor y, Tensor scale, Tensor? ids_x, Tensor? ids_y, int offset, bool gradients)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "contrastive_infonce(Tensor x, Tensor y, Tensor scale, Tensor? ids_x, Tensor? ids_y, int offset, bool gradients,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_infonce_cpu,
+    triton=_infonce_triton,
     fake=_infonce_fake,
     setup_context=_setup_infonce,
     backward=_infonce_backward,
@@ -326,8 +389,9 @@ _infonce = define(
 
 _sigmoid = define(
     "contrastive_sigmoid(Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? ids_x, Tensor? ids_y, int offset,"
-    " bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_sigmoid_cpu,
+    triton=_sigmoid_triton,
     fake=_sigmoid_fake,
     setup_context=_setup_sigmoid,
     backward=_sigmoid_backward,

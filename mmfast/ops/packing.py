@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmfast import _native
 from mmfast.layout import Layout
-from mmfast.ops._dispatch import choose, cpu_refusal
-from mmfast.ops._library import define, no_double_backward
-from mmfast.ops._pack_layout import Order, Part, check_parts, pack_layout
+from mmfast.ops._dispatch import choose, cpu_refusal, triton_refusal
+from mmfast.ops._pack_layout import Order, Part, check_parts, checks_values, pack_layout
+from mmfast.ops._pack_op import _pack
 from mmfast.ops._rows import gather, scatter
 from mmfast.reference import packing as reference
 
 _NORMS = ("none", "layer", "rms")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_MAX_DIM = 16384
 
 
 class LayerNorm(NamedTuple):
@@ -65,7 +65,7 @@ def pack(
         position_embedding: name -> `[N, D]`, or a sequence of tables `[N_a, D]`, one for each axis of `positions`.
             Parts that are not named get none. Without positions a row's position is its place in the item.
         norm: `LayerNorm`, `RMSNorm`, their torch.nn modules over D, or None.
-        backend: "cpu" or "reference"; None: automatic.
+        backend: "cpu", "triton" or "reference"; None: automatic.
 
     Returns:
         x `[T, D]` in the tokens' dtype (under autocast: autocast's), and its `Layout`, with names, sizes, modality,
@@ -103,14 +103,20 @@ def pack(
                 "give one table per axis"
             )
 
-    chosen = choose("pack", backend, {"cpu": lambda: cpu_refusal(tokens[0], dtypes=_KERNEL_DTYPES)})
+    refusals = {
+        "cpu": lambda: cpu_refusal(tokens[0], dtypes=_KERNEL_DTYPES),
+        "triton": lambda: _triton_refusal(tokens[0]),
+    }
+    chosen = choose("pack", backend, refusals)
     rows = (layout.source, layout.modality, position)
     if chosen == "reference":
         x = reference.pack_rows(tokens, *rows, type_embedding, tables, kind, weight, bias, eps)
         return x, layout
     dtype = tokens[0].dtype
-    if dtype == torch.float16:
+    if dtype == torch.float16 and chosen == "cpu":
         tokens = [t.float() for t in tokens]
+    if chosen == "triton" and checks_values(device):
+        _check_positions(layout.modality, position, names, tables)
     tokens = [t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous() for t in tokens]
     flat = [table for mine in tables for table in mine]
     first = [0]
@@ -130,6 +136,7 @@ def pack(
         weight,
         bias,
         eps,
+        chosen,
     )
     return x.to(dtype), layout
 
@@ -142,7 +149,7 @@ def unpack(x: Tensor, layout: Layout, *, backend: str | None = None) -> dict[str
     Args:
         x: `[T, ...]`, any dtype.
         layout: as `pack` returned it.
-        backend: "cpu" or "reference"; None: automatic.
+        backend: "cpu", "triton" or "reference"; None: automatic.
 
     Returns:
         name -> `[Tm, ...]`. They share memory with each other.
@@ -173,7 +180,7 @@ def to_padded(
         length: L, at least the longest sample; None: the layout's `max_seqlen`, else the longest sample, which waits
             for the device (under torch.compile: pass it).
         value: filling.
-        backend: "cpu" or "reference"; None: automatic.
+        backend: "cpu", "triton" or "reference"; None: automatic.
 
     Returns:
         `[B, L, ...]`.
@@ -200,7 +207,7 @@ def from_padded(x: Tensor, layout: Layout, total: int | None = None, *, backend:
         x: `[B, L, ...]`, any dtype; L at least the longest sample. Padding is never read.
         layout: of the packed batch.
         total: T; None: the layout's `total`, which waits for the device where no field of the layout tells it.
-        backend: "cpu" or "reference"; None: automatic.
+        backend: "cpu", "triton" or "reference"; None: automatic.
 
     Returns:
         `[T, ...]`.
@@ -229,8 +236,6 @@ def from_padded(x: Tensor, layout: Layout, total: int | None = None, *, backend:
 
 
 def _padded_length(op: str, layout: Layout, length: int | None) -> int:
-    from mmfast.ops._pack_layout import checks_values
-
     if length is None:
         length = layout.max_seqlen
     if length is None:
@@ -287,206 +292,28 @@ def _norm(norm, dim: int, dtype: torch.dtype) -> tuple[str, Tensor | None, Tenso
     return kind, norm.weight, bias, eps
 
 
+def _triton_refusal(tokens: Tensor) -> str | None:
+    if tokens.shape[1] > _TRITON_MAX_DIM:
+        return f"D is {tokens.shape[1]}; the Triton kernels hold whole rows, up to {_TRITON_MAX_DIM}"
+    return triton_refusal(tokens, dtypes=_KERNEL_DTYPES)
+
+
+def _check_positions(modality: Tensor, position: Tensor | None, names, tables) -> None:
+    """As the CPU kernels check it."""
+    for m, mine in enumerate(tables):
+        for axis, table in enumerate(mine):
+            wrong = (modality == m) & ((position[:, axis] < 0) | (position[:, axis] >= table.shape[0]))
+            if bool(wrong.any()):
+                t = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"pack: position_embedding[{names[m]}]: position {int(position[t, axis])} of row {t} on axis "
+                    f"{axis} is outside its table of {table.shape[0]} rows"
+                )
+
+
 def _common_dtype(dtype: torch.dtype, params: list[Tensor | None]) -> list[Tensor | None]:
     """Parameters as the kernels take them: all in the tokens' dtype, else all float32; contiguous rows."""
     given = [t for t in params if t is not None]
     if any(t.dtype != dtype for t in given):
         params = [None if t is None else t.float() for t in params]
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in params]
-
-
-# The op
-
-
-def _forward(
-    tokens, source, modality, position, type_embedding, tables, table_first, names, norm, weight, bias, eps
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, mean, rstd = _forward_fake(
-        tokens, source, modality, position, type_embedding, tables, table_first, names, norm, weight, bias, eps
-    )
-    _native.cpu().pack_forward(
-        tokens,
-        source,
-        modality,
-        position,
-        type_embedding,
-        tables,
-        table_first,
-        names,
-        norm,
-        weight,
-        bias,
-        eps,
-        x,
-        mean,
-        rstd,
-    )
-    return x, mean, rstd
-
-
-def _forward_fake(
-    tokens, source, modality, position, type_embedding, tables, table_first, names, norm, weight, bias, eps
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = source.shape[0]
-    x = tokens[0].new_empty(rows, tokens[0].shape[1])
-    mean = tokens[0].new_empty(rows if norm == 1 else 0, dtype=torch.float32)
-    rstd = tokens[0].new_empty(rows if norm else 0, dtype=torch.float32)
-    return x, mean, rstd
-
-
-def _setup_context(ctx, inputs, output):
-    tokens, source, modality, position, type_embedding, tables, first, names, norm, weight, bias, _ = inputs
-    _, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.sizes = [t.shape[0] for t in tokens]
-    ctx.first, ctx.names, ctx.norm = first, names, norm
-    kept = list(tokens) if norm else []  # without a norm the gradient does not depend on the tokens
-    ctx.counts = len(kept), len(tables)
-    ctx.save_for_backward(source, modality, position, type_embedding, weight, bias, mean, rstd, *kept, *tables)
-
-
-def _flags(needs, count: int) -> list[bool]:
-    """needs_input_grad of a list argument: one flag per tensor."""
-    return list(needs) if isinstance(needs, (list, tuple)) else [bool(needs)] * count
-
-
-def _backward(ctx, dx, *_):
-    if dx is None:
-        return (None,) * 12
-    source, modality, position, type_embedding, weight, bias, mean, rstd, *rest = ctx.saved_tensors
-    tokens, tables = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
-    asked, parts = ctx.needs_input_grad, len(ctx.sizes)
-    needs = [*_flags(asked[0], parts), asked[4], *_flags(asked[5], len(tables)), asked[9], asked[10]]
-    grads = _pack_backward(
-        dx,
-        tokens,
-        source,
-        modality,
-        position,
-        type_embedding,
-        tables,
-        ctx.first,
-        ctx.names,
-        ctx.norm,
-        weight,
-        bias,
-        mean,
-        rstd,
-        ctx.sizes,
-        needs,
-    )
-    grads = [g if need else None for g, need in zip(grads, needs)]
-    dtokens, dtype_embedding = grads[:parts], grads[parts]
-    dtables, (dweight, dbias) = grads[parts + 1 : -2], grads[-2:]
-    return dtokens, None, None, None, dtype_embedding, dtables, None, None, None, dweight, dbias, None
-
-
-def _backward_fake(
-    dx,
-    tokens,
-    source,
-    modality,
-    position,
-    type_embedding,
-    tables,
-    first,
-    names,
-    norm,
-    weight,
-    bias,
-    mean,
-    rstd,
-    sizes,
-    needs,
-) -> list[Tensor]:
-    """Empty gradients in the order of `needs`: tokens, type_embedding, tables, weight, bias; not needed: empty."""
-    shapes = [(size, dx.shape[1]) for size in sizes]
-    like = [dx] * len(sizes) + [type_embedding, *tables, weight, bias]
-    shapes += [None if t is None else t.shape for t in like[len(sizes) :]]
-    return [
-        dx.new_empty(shape, dtype=t.dtype) if need else dx.new_empty(0) for shape, t, need in zip(shapes, like, needs)
-    ]
-
-
-def _backward_cpu(
-    dx,
-    tokens,
-    source,
-    modality,
-    position,
-    type_embedding,
-    tables,
-    first,
-    names,
-    norm,
-    weight,
-    bias,
-    mean,
-    rstd,
-    sizes,
-    needs,
-) -> list[Tensor]:
-    if dx.stride(1) != 1 and dx.shape[1] > 1:
-        dx = dx.contiguous()
-    grads = _backward_fake(
-        dx,
-        tokens,
-        source,
-        modality,
-        position,
-        type_embedding,
-        tables,
-        first,
-        names,
-        norm,
-        weight,
-        bias,
-        mean,
-        rstd,
-        sizes,
-        needs,
-    )
-    wanted = [g if need else None for g, need in zip(grads, needs)]
-    parts = len(sizes)
-    _native.cpu().pack_backward(
-        dx,
-        tokens,
-        source,
-        modality,
-        position,
-        type_embedding,
-        tables,
-        first,
-        names,
-        norm,
-        weight,
-        bias,
-        mean,
-        rstd,
-        wanted[:parts],
-        wanted[parts],
-        wanted[parts + 1 : -2],
-        wanted[-2],
-        wanted[-1],
-        sizes,
-    )
-    return grads
-
-
-_ROWS = "Tensor source, Tensor modality, Tensor? position, Tensor? type_embedding, Tensor[] tables"
-_pack_backward = define(
-    f"pack_backward(Tensor dx, Tensor[] tokens, {_ROWS}, SymInt[] table_first, str[] names, int norm, Tensor? weight, "
-    "Tensor? bias, Tensor mean, Tensor rstd, SymInt[] sizes, bool[] needs) -> Tensor[]",
-    cpu=_backward_cpu,
-    fake=_backward_fake,
-    backward=no_double_backward("pack"),
-)
-_pack = define(
-    f"pack(Tensor[] tokens, {_ROWS}, SymInt[] table_first, str[] names, int norm, Tensor? weight, Tensor? bias, "
-    "float eps) -> (Tensor, Tensor, Tensor)",
-    cpu=_forward,
-    fake=_forward_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmfast import _native
 from mmfast.layout import Layout
-from mmfast.ops._dispatch import choose, cpu_refusal
+from mmfast.ops._dispatch import choose, cpu_refusal, triton_refusal
 from mmfast.ops._library import define
 from mmfast.reference import perturbation as reference
 
@@ -31,6 +31,20 @@ def _random_start_cpu(delta, *args) -> None:
     _changed(delta)
 
 
+def _perturb_triton(delta, grad, momentum, previous, *args) -> None:
+    from mmfast.kernels import perturbation as kernels
+
+    kernels.perturb(delta, grad, momentum, previous, *args)
+    _changed([*delta, *momentum, *previous])
+
+
+def _random_start_triton(delta, *args) -> None:
+    from mmfast.kernels import perturbation as kernels
+
+    kernels.random_start(delta, *args)
+    _changed(delta)
+
+
 def _changed(tensors: list[Tensor]) -> None:
     """Autograd notices the change of a saved tensor; torch.library does this for single tensors only."""
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
@@ -39,15 +53,18 @@ def _changed(tensors: list[Tensor]) -> None:
 _perturb = define(
     "perturb_(Tensor(a!)[] delta, Tensor[] grad, Tensor(b!)[] momentum, Tensor(c!)[] previous, Tensor?[] origin,"
     " Tensor?[] step_size, Tensor?[] eps, Tensor?[] cu_seqlens, Tensor?[] seqused, float[] step_values,"
-    " float[] eps_values, float[] low, float[] high, bool l2, bool token, float decay, float blend) -> ()",
+    " float[] eps_values, float[] low, float[] high, bool l2, bool token, float decay, float blend,"
+    " str backend) -> ()",
     cpu=_perturb_cpu,
+    triton=_perturb_triton,
     fake=lambda *args: None,
 )
 
 _random_start = define(
     "random_start_(Tensor(a!)[] delta, Tensor?[] origin, Tensor?[] eps, Tensor?[] cu_seqlens, Tensor?[] seqused,"
-    " float[] eps_values, float[] low, float[] high, bool l2, bool token, Tensor seed) -> ()",
+    " float[] eps_values, float[] low, float[] high, bool l2, bool token, Tensor seed, str backend) -> ()",
     cpu=_random_start_cpu,
+    triton=_random_start_triton,
     fake=lambda *args: None,
 )
 
@@ -99,7 +116,7 @@ def perturb_(
         previous: delta one step ago, as `delta`, changed in place to the delta before this step (APGD).
         blend: APGD's `alpha`: weight of the new step against the last movement.
         layout: whose samples the rows of a packed `delta` are. Rows outside it are neither read nor written.
-        backend: "cpu", "reference", or None for the best that can run.
+        backend: "cpu", "triton", "reference", or None for the best that can run.
 
     Returns:
         `delta`. Stored values keep the L-inf ball exactly; the L2 ball and the bounds up to one rounding of the dtype.
@@ -120,7 +137,7 @@ def perturb_(
     previouses = arguments.optional("previous", previous)
     steps, step_values = arguments.numbers("step_size", step_size)
     limits, eps_values = arguments.numbers("eps", eps, minimum=0.0)
-    chosen = choose(op, backend, {"cpu": lambda: cpu_refusal(*arguments.delta, dtypes=_DTYPES)})
+    chosen = choose(op, backend, arguments.refusals())
     if chosen == "reference":
         for i, d in enumerate(arguments.delta):
             new, m, p = reference.perturb(
@@ -141,7 +158,7 @@ def perturb_(
                 previouses[i].copy_(p)
         return delta
     low, high = arguments.limits()
-    with _InPlace(arguments) as flat:
+    with _InPlace(arguments, chosen) as flat:
         _perturb(
             flat.mutable(arguments.delta),
             flat.read(grads),
@@ -159,6 +176,7 @@ def perturb_(
             granularity == "token",
             float(decay),
             float(blend),
+            chosen,
         )
     return delta
 
@@ -203,17 +221,17 @@ def random_start_(
     limits, eps_values = arguments.numbers("eps", eps, minimum=0.0)
     first = arguments.delta[0]
     if not isinstance(seed, Tensor):
-        seed = torch.tensor(seed, dtype=torch.int64, device=first.device)
+        seed = torch.full((), seed, dtype=torch.int64, device=first.device)
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(f"{op}: seed is {_describe(seed)}; expected a number or one int64")
-    chosen = choose(op, backend, {"cpu": lambda: cpu_refusal(*arguments.delta, dtypes=_DTYPES)})
+    chosen = choose(op, backend, arguments.refusals())
     if chosen == "reference":
         for i, d in enumerate(arguments.delta):
             value = eps_values[i] if limits[i] is None else limits[i]
             d.copy_(reference.random_start(d, eps=value, seed=seed, index=i, **arguments.reference(i)))
         return delta
     low, high = arguments.limits()
-    with _InPlace(arguments, keep_order=True) as flat:
+    with _InPlace(arguments, chosen, keep_order=True) as flat:
         _random_start(
             flat.mutable(arguments.delta),
             flat.read(arguments.origin),
@@ -225,6 +243,7 @@ def random_start_(
             norm == "l2",
             granularity == "token",
             seed,
+            chosen,
         )
     return delta
 
@@ -291,6 +310,12 @@ class _Arguments:
             raise ValueError(f"{self.op}: {name} must be tensors of their own, one for each tensor of delta")
         return tensors
 
+    def refusals(self) -> dict:
+        return {
+            "cpu": lambda: cpu_refusal(*self.delta, dtypes=_DTYPES),
+            "triton": lambda: triton_refusal(*self.delta, dtypes=_DTYPES),
+        }
+
     def batch(self, i: int) -> int:
         return self.delta[i].shape[0] if self.layout[i] is None else self.layout[i].batch
 
@@ -320,7 +345,10 @@ class _Arguments:
 
     def rows(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
         given = self.layout
-        return [x and x.cu_seqlens.contiguous() for x in given], [x and x.seqused for x in given]
+        return (
+            [x and x.cu_seqlens.contiguous() for x in given],
+            [None if x is None or x.seqused is None else x.seqused.contiguous() for x in given],
+        )
 
     def reference(self, i: int) -> dict:
         return {
@@ -333,13 +361,14 @@ class _Arguments:
 
 
 class _InPlace:
-    """Contiguous float32 or bfloat16 forms of the tensors, written back where they are copies.
+    """Contiguous forms of the tensors in a dtype that the kernels take, written back where they are copies.
 
     A dense tensor in another order (channels_last) is used as it lies, where the order within a sample is of no
     consequence.
     """
 
-    def __init__(self, arguments: _Arguments, keep_order: bool = False):
+    def __init__(self, arguments: _Arguments, backend: str, keep_order: bool = False):
+        self.widened = torch.float16 if backend == "cpu" else None
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.orders = [
             None if d.is_contiguous() else _order(d, arguments.granularity == "token" or keep_order)
@@ -356,7 +385,7 @@ class _InPlace:
 
     def _plain(self, i: int, t: Tensor) -> tuple[Tensor, Tensor]:
         view = t if self.orders[i] is None else t.permute(self.orders[i])
-        dtype = torch.float32 if t.dtype == torch.float16 else t.dtype
+        dtype = torch.float32 if t.dtype == self.widened else t.dtype
         return view, view.to(dtype).contiguous()
 
     def read(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmfast import _native
 from mmfast.layout import Layout
-from mmfast.ops._dispatch import choose, cpu_refusal
+from mmfast.ops._dispatch import choose, cpu_refusal, triton_refusal
 from mmfast.ops._library import define, no_double_backward
 from mmfast.reference import rotary as reference
 
@@ -50,7 +50,7 @@ def rotary(
             one more where D / 2 cannot be divided.
         qk_norm: `(q_weight [D] or None, k_weight [D] or None, eps)`: RMS norm over D before the rotation.
         interleaved: pairs are (x[2 j], x[2 j + 1]), as in GPT-J.
-        backend: "cpu" or "reference"; None: automatic.
+        backend: "cpu", "triton" or "reference"; None: automatic.
 
     Returns:
         q and k turned, contiguous, in their dtype (under autocast: autocast's).
@@ -79,7 +79,11 @@ def rotary(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k = q.to(dtype), k.to(dtype)
 
-    chosen = choose("rotary", backend, {"cpu": lambda: cpu_refusal(q, dtypes=_KERNEL_DTYPES)})
+    refusals = {
+        "cpu": lambda: cpu_refusal(q, dtypes=_KERNEL_DTYPES),
+        "triton": lambda: triton_refusal(q, dtypes=_KERNEL_DTYPES),
+    }
+    chosen = choose("rotary", backend, refusals)
     if chosen == "reference":
         options = (base, sections, interleaved, norm)
         return (
@@ -87,10 +91,10 @@ def rotary(
             reference.rotate(k, *_rows(layout_k, k.shape[0], sections), *options, k_weight, eps),
         )
     dtype = q.dtype
-    if dtype == torch.float16:
+    if dtype == torch.float16 and chosen == "cpu":
         q, k = q.float(), k.float()
     weights = [None if w is None else w.float().contiguous() for w in (q_weight, k_weight)]
-    options = (base, sections, norm, eps, interleaved)
+    options = (base, sections, norm, eps, interleaved, chosen)
     fields = [(x.cu_seqlens, x.seqused, x.start, x.position) for x in (layout_q, layout_k)]
     if shared:
         q, k = _rotary([q, k], weights[0], weights[1], *fields[0], *options)
@@ -152,11 +156,17 @@ def _rows(layout: Layout, rows: int, sections: Sequence[int]) -> tuple[Tensor, T
 # The op: one or two tensors that share a layout
 
 
-def _forward(x, weight, weight_1, cu_seqlens, seqused, start, position, base, sections, norm, eps, interleaved):
-    x = [_dense(t) for t in x]
-    out = _forward_fake(x)
-    fields = (cu_seqlens, seqused, start, position, base, sections, norm, eps, interleaved)
+def _forward(x, weight, weight_1, *fields):
+    x, out = [_dense(t) for t in x], _forward_fake(x)
     _native.cpu().rotary(x, [], out, [weight, weight_1][: len(x)], [], *fields)
+    return out
+
+
+def _forward_triton(x, weight, weight_1, *fields):
+    from mmfast.kernels import rotary as kernels
+
+    x, out = [_dense(t) for t in x], _forward_fake(x)
+    kernels.rotary(x, [], out, [weight, weight_1][: len(x)], [], *fields)
     return out
 
 
@@ -185,16 +195,27 @@ def _backward(ctx, grads):
     return list(dx), *dweights, *[None] * (4 + len(ctx.options))
 
 
-def _backward_cpu(
-    grads, x, weight, weight_1, cu_seqlens, seqused, start, position, base, sections, norm, eps, interleaved
-):
+def _backward_cpu(grads, x, weight, weight_1, *fields):
+    call, out = _backward_call(grads, x, weight, weight_1)
+    _native.cpu().rotary(*call, *fields)
+    return out
+
+
+def _backward_triton(grads, x, weight, weight_1, *fields):
+    from mmfast.kernels import rotary as kernels
+
+    call, out = _backward_call(grads, x, weight, weight_1)
+    kernels.rotary(*call, *fields)
+    return out
+
+
+def _backward_call(grads, x, weight, weight_1):
+    """The kernels' tensors, and the op's result, which they fill."""
     grads, x = [_dense(g) for g in grads], [_dense(t) for t in x]
     weights = [weight, weight_1][: len(x)]
     out = _backward_fake(grads, x, weight, weight_1)
     dweights = [g if w is not None else None for g, w in zip(out[len(x) :], weights)]
-    fields = (cu_seqlens, seqused, start, position, base, sections, norm, eps, interleaved)
-    _native.cpu().rotary(x, grads, out[: len(x)], weights, dweights, *fields)
-    return out
+    return (x, grads, out[: len(x)], weights, dweights), out
 
 
 def _backward_fake(grads, x, weight, weight_1, *_):
@@ -208,17 +229,19 @@ def _backward_fake(grads, x, weight, weight_1, *_):
 
 _LAYOUT = (
     "Tensor? weight, Tensor? weight_1, Tensor cu_seqlens, Tensor? seqused, Tensor? start, Tensor? position, "
-    "float base, SymInt[] sections, bool norm, float eps, bool interleaved"
+    "float base, SymInt[] sections, bool norm, float eps, bool interleaved, str backend"
 )
 _rotary_backward = define(
     f"rotary_backward(Tensor[] grads, Tensor[] x, {_LAYOUT}) -> Tensor[]",
     cpu=_backward_cpu,
+    triton=_backward_triton,
     fake=_backward_fake,
     backward=no_double_backward("rotary"),
 )
 _rotary = define(
     f"rotary(Tensor[] x, {_LAYOUT}) -> Tensor[]",
     cpu=_forward,
+    triton=_forward_triton,
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -1,31 +1,64 @@
-"""Measuring: interleaved medians, so that a busy machine slows all contestants alike."""
+"""Measuring: all contestants in turn, round by round, so that a busy machine slows them alike."""
 
 from __future__ import annotations
 
-import statistics
+import ctypes
+import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 
+SAMPLE = 2e-3  # seconds: what is faster is repeated within one sample
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
-def interleaved_medians(
+
+def interleaved(
     functions: Mapping[str, Callable[[], object]],
     *,
-    rounds: int = 9,
+    seconds: float = 2.0,
+    rounds: tuple[int, int] = (5, 101),
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, float]:
-    """Median seconds of each function; in every round each runs once.
+) -> dict[str, list[float]]:
+    """Seconds per call of each function, one number per round; in every round each has its turn, in a seeded order.
 
     Args:
-        functions: name -> what to run; each runs once before the measurement.
-        rounds: how often each is measured.
+        functions: name -> what to run; each runs before the measurement.
+        seconds: aim for the whole measurement.
+        rounds: never fewer and never more than these.
         clock: `time.process_time` on a shared machine with one thread.
     """
+    calls, cost = {}, 0.0
+    for name, function in functions.items():
+        once = _sample(function, 1, clock)
+        if once < 10 * SAMPLE:  # the first call of a quick one tells little
+            once = _sample(function, 1, clock)
+        calls[name] = max(1, round(SAMPLE / max(once, 1e-7)))
+        cost += once * calls[name]
+    count = min(max(int(seconds / cost), rounds[0]), rounds[1])
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
+    for i in range(count):
+        # Who comes next finds the caches as its predecessor left them.
+        for name in random.Random(i).sample(sorted(functions), len(functions)):
+            times[name].append(_sample(functions[name], calls[name], clock))
+    return times
+
+
+def set_allocator(new_pages: bool) -> None:
+    """Makes glibc behave the same for everybody: blocks of 1 MiB and more always get new pages, or never.
+
+    By itself it does either, as the blocks before happened to lie, and new pages can cost more than the work on them.
+    True can only come before False, which lets the heap grow. Other allocators are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    mallopt(M_MMAP_MAX, 1 << 16 if new_pages else 0)
+    mallopt(M_TRIM_THRESHOLD, 1 << 20 if new_pages else (1 << 31) - 1)
+
+
+def _sample(function: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
+    begin = clock()
+    for _ in range(calls):
         function()
-    for _ in range(rounds):
-        for name, function in functions.items():
-            begin = clock()
-            function()
-            times[name].append(clock() - begin)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return (clock() - begin) / calls

@@ -104,14 +104,23 @@ def cross_attention(batch: int = 16, heads: int = 12, dim: int = 64, seed: int =
     return Workload("ragged cross-attention", layout_q, layout_k, ModalityMask.full(), heads, heads, dim, "full")
 
 
-def early_fusion(batch: int = 6, heads: int = 12, dim: int = 64, seed: int = 0) -> Workload:
-    """Documents of text with images between, bidirectional inside an image, causal otherwise."""
+def early_fusion(
+    batch: int = 6,
+    heads: int = 12,
+    dim: int = 64,
+    seed: int = 0,
+    *,
+    images: tuple[int, int] = (0, 3),
+    patches: tuple[int, ...] = (49, 64, 144),
+    text: int = 80,
+) -> Workload:
+    """Documents of up to `text` tokens between images, bidirectional inside an image, causal otherwise."""
     rng = random.Random(seed)
     documents = []
     for _ in range(batch):
-        document = [(0, rng.randint(4, 40))]
-        for _ in range(rng.randint(0, 3)):
-            document += [(1, rng.choice((49, 64, 144))), (0, rng.randint(4, 80))]
+        document = [(0, rng.randint(4, text // 2))]
+        for _ in range(rng.randint(*images)):
+            document += [(1, rng.choice(patches)), (0, rng.randint(4, text))]
         documents.append(document)
     layout = interleaved(documents, ("text", "image")).with_time("segment_start", modalities=("image",))
     return Workload("early fusion", layout, layout, ModalityMask.early_fusion(), heads, heads, dim)
@@ -123,14 +132,26 @@ def q_former(batch: int = 8, queries: int = 32, keys: int = 257, heads: int = 12
     return Workload("Q-Former", layout_q, layout_k, ModalityMask.full(), heads, heads, dim, "full")
 
 
-def flamingo(batch: int = 8, heads: int = 8, dim: int = 64, patches: int = 64, seed: int = 0) -> Workload:
-    """Text onto the resampled patches of the latest image before it."""
+def flamingo(
+    batch: int = 8,
+    heads: int = 8,
+    dim: int = 64,
+    patches: int = 64,
+    seed: int = 0,
+    *,
+    images: tuple[int, int] = (1, 5),
+    text: tuple[int, int] = (256, 1024),
+) -> Workload:
+    """Text onto the resampled patches of the latest image before it; some texts begin before the first image."""
     rng = random.Random(seed)
     documents = []
     for _ in range(batch):
+        count, tokens = rng.randint(*images), rng.randint(*text)
+        cuts = sorted(rng.randint(0, tokens) for _ in range(count - 1))
+        parts = [b - a for a, b in zip([0, *cuts], [*cuts, tokens])]
         document = [(0, rng.randint(1, 20))] if rng.random() < 0.5 else []
-        for _ in range(rng.randint(1, 4)):
-            document += [(1, patches), (0, rng.randint(8, 90))]
+        for part in parts:
+            document += [(1, patches), (0, part)]
         documents.append(document)
     layout = interleaved(documents, ("text", "image")).with_time("media_count", modalities=("image",))
     layout_q, layout_k = layout.select("text")[0], layout.select("image")[0]
@@ -144,12 +165,8 @@ def tiny(batch: int = 256, heads: int = 12, dim: int = 64, seed: int = 0) -> Wor
     return Workload("tiny samples", layout, layout, ModalityMask.full(), heads, heads, dim, "full")
 
 
-WORKLOADS = {
-    "dense": dense,
-    "causal": causal,
-    "cross_attention": cross_attention,
-    "early_fusion": early_fusion,
-    "q_former": q_former,
-    "flamingo": flamingo,
-    "tiny": tiny,
-}
+def documents(tokens: int, heads: int = 4, dim: int = 64) -> Workload:
+    """Packed documents of always the same two lengths, causal: visible cells grow as the tokens do."""
+    pattern = (137, 887)
+    layout = Layout.from_lengths(pattern * (tokens // sum(pattern)))
+    return Workload(f"{tokens // 1024}k tokens", layout, layout, ModalityMask.causal(), heads, heads, dim, "causal")

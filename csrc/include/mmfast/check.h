@@ -25,6 +25,7 @@ void check(bool condition, const Parts&... parts) {
 inline void check_tensor(const char* op, const char* name, const TensorView& t, DType dtype, int ndim) {
   check(t.present(), op, ": ", name, " is missing; expected a tensor");
   check(t.device == Device::cpu, op, ": ", name, " is not on the CPU; move it there or use another backend");
+  check(t.data || t.numel() == 0, op, ": ", name, " has no memory; it is no ordinary tensor");
   check(t.dtype == dtype, op, ": ", name, " has dtype ", name_of(t.dtype), "; expected ", name_of(dtype));
   check(t.ndim == ndim, op, ": ", name, " has ", t.ndim, " dimensions; expected ", ndim);
 }
@@ -35,8 +36,8 @@ inline void check_size(const char* op, const char* name, const TensorView& t, in
 }
 
 inline void check_last_contiguous(const char* op, const char* name, const TensorView& t) {
-  check(t.ndim > 0 && (t.stride[t.ndim - 1] == 1 || t.size[t.ndim - 1] <= 1), op, ": ", name,
-        " is not contiguous in its last dimension; call .contiguous() on it");
+  check(t.ndim > 0 && (t.stride[t.ndim - 1] == 1 || t.size[t.ndim - 1] <= 1 || t.numel() == 0), op, ": ",
+        name, " is not contiguous in its last dimension; call .contiguous() on it");
 }
 
 inline void check_contiguous(const char* op, const char* name, const TensorView& t) {

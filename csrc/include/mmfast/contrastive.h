@@ -22,15 +22,16 @@ struct ContrastiveParams {
   float* column = nullptr;    // [m], out: log-sum-exp of a column
   float* diagonal = nullptr;  // [n], out: score of the positive pair
 
-  // [n, round_up(m, 64)] of x y^T, or null: forward writes it, and backward reads it instead of computing it
-  // again.
+  // [ceil(m / 64), kept, 64] of x y^T, panels of 64 columns, or null: forward writes the first rows, as many
+  // whole chunks of them as fit into `kept`, and backward reads them instead of computing them again.
   float* products = nullptr;
+  int64_t kept = 0;
 
   const float* grad_row = nullptr;       // [n]
   const float* grad_column = nullptr;    // [m]
   const float* grad_diagonal = nullptr;  // [n]
-  float* dx = nullptr;                   // [n, dim], out, zero before the call, or null
-  float* dy = nullptr;                   // [m, dim], out, zero before the call, or null
+  float* dx = nullptr;                   // [n, dim], out, or null
+  float* dy = nullptr;                   // [m, dim], out, or null
   float* loss = nullptr;                 // [1], out, or null: sigmoid losses times their grad_row, summed
   float* dscale = nullptr;               // [1], out
   float* dbias = nullptr;                // [1], out

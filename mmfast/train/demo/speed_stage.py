@@ -21,7 +21,7 @@ def run(demo: Demo) -> dict:
         return {"missing": f"{BENCHMARK} is not in this installation; it is in a checkout of the sources"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speed.json"
-        command = [sys.executable, str(script), "--stamps", "--json", str(path)]
+        command = [sys.executable, str(script), "--stamps", "--steps", "8", "--json", str(path)]
         if demo.sizes.pretrain_steps < Sizes.pretrain_steps:
             command.append("--quick")
         done = subprocess.run(command, cwd=script.parent.parent, capture_output=True, text=True, timeout=900)

@@ -1,0 +1,163 @@
+"""`mmfast::pack` and its gradient as operators of torch: allocation, the kernels' calls, autograd."""
+
+from __future__ import annotations
+
+from torch import Tensor, float32
+
+from mmfast import _native
+from mmfast.ops._library import define, no_double_backward
+
+# The arguments that both kernels take, in order.
+_CALL = ("tokens", "source", "modality", "position", "type_embedding", "tables", "table_first", "names", "norm")
+
+
+def _forward_cpu(*call) -> tuple[Tensor, Tensor, Tensor]:
+    out = _forward_fake(*call)
+    _native.cpu().pack_forward(*call, *out)
+    return out
+
+
+def _forward_triton(*call) -> tuple[Tensor, Tensor, Tensor]:
+    from mmfast.kernels import packing as kernels
+
+    out = _forward_fake(*call)
+    call = dict(zip((*_CALL, "weight", "bias", "eps", "x", "mean", "rstd"), (*call, *out)))
+    del call["names"]
+    kernels.pack_forward(**call)
+    return out
+
+
+def _forward_fake(
+    tokens, source, modality, position, type_embedding, tables, table_first, names, norm, weight, bias, eps
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = source.shape[0]
+    x = tokens[0].new_empty(rows, tokens[0].shape[1])
+    mean = tokens[0].new_empty(rows if norm == 1 else 0, dtype=float32)
+    rstd = tokens[0].new_empty(rows if norm else 0, dtype=float32)
+    return x, mean, rstd
+
+
+def _setup_context(ctx, inputs, output):
+    tokens, source, modality, position, type_embedding, tables, first, names, norm, weight, bias, _, backend = inputs
+    _, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.sizes = [t.shape[0] for t in tokens]
+    ctx.first, ctx.names, ctx.norm, ctx.backend = first, names, norm, backend
+    kept = list(tokens) if norm else []  # without a norm the gradient does not depend on the tokens
+    ctx.counts = len(kept), len(tables)
+    ctx.save_for_backward(source, modality, position, type_embedding, weight, bias, mean, rstd, *kept, *tables)
+
+
+def _flags(needs, count: int) -> list[bool]:
+    """needs_input_grad of a list argument: one flag per tensor."""
+    return list(needs) if isinstance(needs, (list, tuple)) else [bool(needs)] * count
+
+
+def _backward(ctx, dx, *_):
+    if dx is None:
+        return (None,) * 13
+    source, modality, position, type_embedding, weight, bias, mean, rstd, *rest = ctx.saved_tensors
+    tokens, tables = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
+    asked, parts = ctx.needs_input_grad, len(ctx.sizes)
+    needs = [*_flags(asked[0], parts), asked[4], *_flags(asked[5], len(tables)), asked[9], asked[10]]
+    grads = _pack_backward(
+        dx,
+        tokens,
+        source,
+        modality,
+        position,
+        type_embedding,
+        tables,
+        ctx.first,
+        ctx.names,
+        ctx.norm,
+        weight,
+        bias,
+        mean,
+        rstd,
+        ctx.sizes,
+        needs,
+        ctx.backend,
+    )
+    grads = [g if need else None for g, need in zip(grads, needs)]
+    dtokens, dtype_embedding = grads[:parts], grads[parts]
+    dtables, (dweight, dbias) = grads[parts + 1 : -2], grads[-2:]
+    return dtokens, None, None, None, dtype_embedding, dtables, None, None, None, dweight, dbias, None, None
+
+
+def _backward_fake(
+    dx,
+    tokens,
+    source,
+    modality,
+    position,
+    type_embedding,
+    tables,
+    first,
+    names,
+    norm,
+    weight,
+    bias,
+    mean,
+    rstd,
+    sizes,
+    needs,
+) -> list[Tensor]:
+    """Empty gradients in the order of `needs`: tokens, type_embedding, tables, weight, bias; not needed: empty."""
+    shapes = [(size, dx.shape[1]) for size in sizes]
+    like = [dx] * len(sizes) + [type_embedding, *tables, weight, bias]
+    shapes += [None if t is None else t.shape for t in like[len(sizes) :]]
+    return [
+        dx.new_empty(shape, dtype=t.dtype) if need else dx.new_empty(0) for shape, t, need in zip(shapes, like, needs)
+    ]
+
+
+def _backward_cpu(dx, *arguments) -> list[Tensor]:
+    dx, grads, wanted, sizes = _backward_results(dx, *arguments)
+    _native.cpu().pack_backward(dx, *arguments[:-2], *wanted, sizes)
+    return grads
+
+
+def _backward_triton(dx, *arguments) -> list[Tensor]:
+    from mmfast.kernels import packing as kernels
+
+    dx, grads, (dtokens, dtype_embedding, dtables, dweight, dbias), sizes = _backward_results(dx, *arguments)
+    call = dict(zip((*_CALL, "weight", "bias", "mean", "rstd"), arguments))
+    del call["names"], call["bias"]
+    kernels.pack_backward(
+        dx=dx, **call, dtokens=dtokens, dtype_embedding=dtype_embedding, dtables=dtables, dweight=dweight, dbias=dbias,
+        sizes=sizes,
+    )  # fmt: skip
+    return grads
+
+
+def _backward_results(dx, *arguments):
+    """dx with dense rows, all gradients, those that are wanted in the kernels' order, and the parts' sizes."""
+    if dx.stride(1) != 1 and dx.shape[1] > 1:
+        dx = dx.contiguous()
+    *_, sizes, needs = arguments
+    grads = _backward_fake(dx, *arguments)
+    wanted = [g if need else None for g, need in zip(grads, needs)]
+    parts = len(sizes)
+    return dx, grads, (wanted[:parts], wanted[parts], wanted[parts + 1 : -2], wanted[-2], wanted[-1]), sizes
+
+
+_ROWS = "Tensor source, Tensor modality, Tensor? position, Tensor? type_embedding, Tensor[] tables"
+_pack_backward = define(
+    f"pack_backward(Tensor dx, Tensor[] tokens, {_ROWS}, SymInt[] table_first, str[] names, int norm, Tensor? weight, "
+    "Tensor? bias, Tensor mean, Tensor rstd, SymInt[] sizes, bool[] needs, str backend) -> Tensor[]",
+    cpu=_backward_cpu,
+    triton=_backward_triton,
+    fake=_backward_fake,
+    backward=no_double_backward("pack"),
+)
+_pack = define(
+    f"pack(Tensor[] tokens, {_ROWS}, SymInt[] table_first, str[] names, int norm, Tensor? weight, Tensor? bias, "
+    "float eps, str backend) -> (Tensor, Tensor, Tensor)",
+    cpu=_forward_cpu,
+    triton=_forward_triton,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
