@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import math
+import mmap
+import sys
+import weakref
 from types import ModuleType
 
 import torch  # before the compiled module, so that both use one OpenMP runtime
@@ -29,6 +34,39 @@ def cpu() -> ModuleType:
     return _cpu
 
 
+# From this size on glibc maps every block anew (its M_MMAP_THRESHOLD grows to 32 MiB at most), and each of its pages is
+# a fault: several times what a kernel takes. Smaller blocks come from memory that was in use before.
+_MAPPED_BYTES = 32 << 20
+_KEPT_BYTES = 256 << 20  # at most, of blocks that no tensor uses
+_BLOCK = 4 << 20  # sizes are multiples of this, so that batches of about the same size share blocks
+_kept: list[mmap.mmap] = []
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """torch.empty for the outputs of CPU kernels: large ones reuse the memory of large ones that are gone.
+
+    Up to 256 MiB of unused memory is kept for that.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < _MAPPED_BYTES or sys.platform != "linux":
+        return torch.empty(shape, dtype=dtype, device=device)
+    block = min((b for b in _kept if size <= len(b) <= 2 * size), key=len, default=None)
+    try:
+        _kept.remove(block)
+    except ValueError:  # none fits, or another thread took it
+        block = mmap.mmap(-1, -(-size // _BLOCK) * _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block.madvise(mmap.MADV_HUGEPAGE)
+    memory = (ctypes.c_char * size).from_buffer(block)  # lives as long as the tensor's storage
+    weakref.finalize(memory, _keep, block).atexit = False
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _keep(block: mmap.mmap) -> None:
+    _kept.append(block)
+    while sum(map(len, _kept)) > _KEPT_BYTES:
+        _kept.pop(0)
+
+
 @contextlib.contextmanager
 def use_isa(name: str):
     """Runs the CPU kernels of one instruction set: scalar, avx2, avx512 or avx512_bf16. For tests and benchmarks."""
@@ -46,4 +84,4 @@ def available_isas() -> tuple[str, ...]:
     return names[: names.index(cpu().best_isa()) + 1]
 
 
-__all__ = ["available_isas", "cpu", "cpu_refusal", "torch", "use_isa"]
+__all__ = ["available_isas", "cpu", "cpu_refusal", "empty", "torch", "use_isa"]

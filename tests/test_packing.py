@@ -322,6 +322,35 @@ def test_layout_against_loops(data):
         assert torch.equal(back[name], parts[name].tokens)
 
 
+# Memory of large outputs
+
+
+@needs_cpu
+def test_large_outputs_reuse_memory():
+    """Memory goes to the next output only once nothing refers to the last one: neither a view nor autograd."""
+    rows = (33 << 20) // 4096
+    tokens = torch.randn(rows, 1024)
+    _native._kept.clear()
+    x = pack({"a": (tokens, [rows])})[0]
+    place, view = x.data_ptr(), x[7:9]
+    del x
+    other = pack({"a": (tokens, [rows])})[0]
+    assert other.data_ptr() != place and torch.equal(view, tokens[7:9])
+    square = other.requires_grad_().square().sum()
+    del view, other
+    again = pack({"a": (-tokens, [rows])})[0]
+    assert again.data_ptr() == place and torch.equal(again, -tokens)
+    square.backward()
+    smaller = pack({"a": (tokens[:-100], [rows - 100])})[0]  # the saved tensor's memory, free after backward
+    assert torch.equal(smaller, tokens[:-100]) and not _native._kept
+    del smaller, again
+    assert len(_native._kept) == 2
+    for size in (100, 160, 90):
+        _native.empty(size << 20, dtype=torch.uint8)
+    assert sum(map(len, _native._kept)) <= _native._KEPT_BYTES
+    _native._kept.clear()
+
+
 # Back to parts and padding
 
 
@@ -441,10 +470,11 @@ def test_opcheck(kind):
     )  # fmt: skip
     index = torch.tensor([2, -1, 0, 5])
     torch.library.opcheck(
-        torch.ops.mmfast.gather_rows.default, (torch.randn(8, 3, requires_grad=True), index, 0.5, "cpu")
+        torch.ops.mmfast.gather_rows.default,
+        ([torch.randn(n, 3, requires_grad=True) for n in (2, 6)], index, 0.5, "cpu"),
     )
     torch.library.opcheck(
-        torch.ops.mmfast.scatter_rows.default, (torch.randn(4, 3, requires_grad=True), index, 7, "cpu")
+        torch.ops.mmfast.scatter_rows.default, (torch.randn(4, 3, requires_grad=True), index, [3, 0, 4], "cpu")
     )
 
 
@@ -536,6 +566,11 @@ def part(rows=4, dim=8, lengths=(4,), positions=None, dtype=torch.float32):
         (lambda: pack({"a": part()}, backend="cuda7"), "expected one of"),
         (lambda: Order.from_lists([[("b", 0)]], ["a"]), "no parts"),
         (lambda: unpack(torch.zeros(4, 8), Layout.from_lengths([4])), "no source"),
+        (lambda: unpack(torch.zeros(5, 8), pack({"a": part()})[1]), r"x has shape \[5, 8\].*T = 4"),
+        (
+            lambda: unpack(torch.zeros(4, 8), dataclasses.replace(pack({"a": part()})[1], sizes=(3,))),
+            "sizes add up to 3, but x has 4 rows",
+        ),
         (lambda: to_padded(torch.zeros(4, 8), Layout.from_lengths([4]), length=3), "has 4 rows.*length is 3"),
         (lambda: from_padded(torch.zeros(2, 5, 8), Layout.from_lengths([4])), "B = 1"),
         (lambda: from_padded(torch.zeros(1, 3, 8), Layout.from_lengths([4])), "has 4 rows.*length is 3"),
@@ -544,6 +579,27 @@ def part(rows=4, dim=8, lengths=(4,), positions=None, dtype=torch.float32):
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@needs_cpu
+def test_kernels_refuse_rows_outside():
+    """What would read or write out of bounds is refused below the public functions too."""
+    gather, scatter = torch.ops.mmfast.gather_rows.default, torch.ops.mmfast.scatter_rows.default
+    x, index = torch.zeros(4, 8), torch.tensor([0, 9])
+    with pytest.raises(ValueError, match=r"index\[1\] is 9, but x has 8 rows"):
+        gather([x, x], index, 0.0)
+    with pytest.raises(ValueError, match=r"index\[1\] is 9, but the output has 5 rows"):
+        scatter(x[:2], index, [2, 3])
+    with pytest.raises(ValueError, match="x and out have different rows"):
+        gather([x, torch.zeros(4, 7)], torch.tensor([0, 5]), 0.0)
+    part = torch.zeros(2, dtype=torch.uint8)
+    for source, modality, message in (
+        ([0, 2], part, r"source\[1\] is 2, outside part a"),
+        ([-1, 0], part, r"source\[0\] is -1"),
+        ([0, 1], part + 1, r"modality\[0\] is 1; expected less than 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _pack([x[:2]], torch.tensor(source), modality, None, None, [], [0, 0], ["a"], 0, None, None, 0.0)
 
 
 @needs_cpu

@@ -17,6 +17,9 @@ TensorView view_of(py::handle tensor);
 // machine has.
 int num_threads();
 
+// Outputs larger than this bypass the last-level cache: with as large an input they would not fit into it.
+int64_t streamed_bytes();
+
 void bind_attention(py::module_& m);
 void bind_rotary(py::module_& m);
 void bind_packing(py::module_& m);

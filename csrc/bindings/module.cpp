@@ -1,4 +1,6 @@
 // mmfast._cpu: the CPU kernels behind pybind11.
+#include <unistd.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -85,6 +87,11 @@ Isa current_isa() {
 int num_threads() {
   const long n = PyLong_AsLong(steal(PyObject_CallNoArgs(torch().get_num_threads)).ptr());
   return n < 1 ? 1 : int(n);
+}
+
+int64_t streamed_bytes() {
+  static const long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return (cache > 0 ? int64_t(cache) : int64_t(32) << 20) / 2;
 }
 
 TensorView view_of(py::handle tensor) {

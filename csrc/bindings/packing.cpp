@@ -1,7 +1,5 @@
 #include "cpu/packing.h"
 
-#include <unistd.h>
-
 #include <cstring>
 #include <vector>
 
@@ -10,38 +8,11 @@
 namespace mmfast {
 namespace {
 
-// Outputs beyond this many bytes bypass the cache.
-int64_t streaming_threshold() {
-  static const int64_t threshold = [] {
-    const long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return cache > 0 ? int64_t(cache) * 3 / 4 : int64_t(24) << 20;
-  }();
-  return threshold;
-}
-
 // One thread per 64 KiB at most: below that starting a thread costs more than it saves.
 int threads_for(int64_t bytes) {
   const int64_t useful = bytes / (64 << 10) + 1;
   const int64_t threads = num_threads();
   return int(useful < threads ? useful : threads);
-}
-
-int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::u8:
-      return 1;
-    case DType::f16:
-    case DType::bf16:
-      return 2;
-    case DType::f32:
-    case DType::i32:
-      return 4;
-    case DType::f64:
-    case DType::i64:
-      return 8;
-    default:
-      fail("packing: a tensor has an unsupported dtype");
-  }
 }
 
 void check_rows(const char* op, const char* name, const TensorView& t, DType dtype, int64_t rows,
@@ -134,16 +105,18 @@ PackParams shared_params(const char* op, const PackArguments& a, DType dtype, in
   }
   check(first == rows, op, ": the parts have ", first, " rows, source has ", rows);
   for (int64_t t = 0; t < rows; ++t) {
+    // Comparisons alone: a call of check() for every row takes longer than packing it.
     const int m = p.modality[t];
-    check(m < parts, op, ": modality[", t, "] is ", m, "; expected less than ", parts);
+    if (m >= parts) fail(op, ": modality[", t, "] is ", m, "; expected less than ", parts);
     const PackPart& part = p.part[m];
-    check(p.source[t] >= part.first && p.source[t] < part.first + part.rows, op, ": source[", t, "] is ",
-          p.source[t], ", outside part ", a.names[m]);
+    if (p.source[t] < part.first || p.source[t] >= part.first + part.rows)
+      fail(op, ": source[", t, "] is ", p.source[t], ", outside part ", a.names[m]);
     for (int i = 0; i < part.tables; ++i) {
       const int32_t n = p.position[t * p.axes + i];
-      check(n >= 0 && n < part.table_rows[i], op, ": position_embedding[", a.names[m], "]: position ", n,
-            " of row ", p.source[t] - part.first, " on axis ", i, " is outside the table of ",
-            part.table_rows[i], " rows; use a longer table or smaller positions");
+      if (n < 0 || n >= part.table_rows[i])
+        fail(op, ": position_embedding[", a.names[m], "]: position ", n, " of row ", p.source[t] - part.first,
+             " on axis ", i, " is outside the table of ", part.table_rows[i],
+             " rows; use a longer table or smaller positions");
     }
   }
   return p;
@@ -175,7 +148,7 @@ void pack_forward_binding(const std::vector<TensorView>& tokens, const PackArgum
   p.mean = mean.ptr<float>();
   p.rstd = rstd.ptr<float>();
   const int64_t bytes = rows * dim * size_of(x.dtype);
-  p.stream = bytes > streaming_threshold();
+  p.stream = bytes > streamed_bytes();
   p.threads = threads_for(bytes);
   py::gil_scoped_release nogil;
   pack_forward(p);
@@ -231,7 +204,7 @@ void pack_backward_binding(const TensorView& dx, const std::vector<TensorView>& 
   p.dweight = dweight.data;
   p.dbias = dbias.data;
   const int64_t bytes = rows * dim * size_of(dx.dtype);
-  p.stream = bytes > streaming_threshold();
+  p.stream = bytes > streamed_bytes();
   p.threads = threads_for(bytes);
   py::gil_scoped_release nogil;
   pack_backward(p);
@@ -243,7 +216,8 @@ int64_t row_bytes(const char* name, const TensorView& t) {
         " must be a CPU tensor [T, ...]");
   int64_t n = 1;
   for (int i = t.ndim - 1; i >= 1; --i) {
-    check(t.size[i] == 1 || t.stride[i] == n, "gather_rows: ", name, " is not contiguous in its rows");
+    check(t.size[i] == 1 || t.stride[i] == n || t.numel() == 0, "gather_rows: ", name,
+          " is not contiguous in its rows");
     n *= t.size[i];
   }
   return n * size_of(t.dtype);
@@ -277,48 +251,63 @@ void fill_with(std::vector<char>& row, DType dtype, double value) {
   }
 }
 
-void gather_binding(const TensorView& x, const TensorView& index, double value, const TensorView& out) {
+// out[i] = row index[i] of the concatenation of xs, or value where index[i] is negative.
+void gather_binding(const std::vector<TensorView>& xs, const TensorView& index, double value,
+                    const TensorView& out) {
   const char* op = "gather_rows";
   GatherParams p{};
-  p.bytes = row_bytes("x", x);
-  check(row_bytes("out", out) == p.bytes && out.dtype == x.dtype, op, ": x and out have different rows");
+  p.bytes = row_bytes("out", out);
   check(out.size[0] <= 1 || out.stride[0] * size_of(out.dtype) == p.bytes, op, ": out is not contiguous");
   check_vector(op, "index", index, DType::i64, out.size[0]);
   check(index.present(), op, ": index must be given");
-  p.x = x.ptr<char>();
-  p.x_stride = x.stride[0] * size_of(x.dtype);
+  std::vector<GatherSource> sources;
+  int64_t rows = 0;
+  for (const TensorView& x : xs) {
+    check(row_bytes("x", x) == p.bytes && x.dtype == out.dtype, op, ": x and out have different rows");
+    sources.push_back({x.ptr<char>(), x.stride[0] * size_of(x.dtype), rows});
+    rows += x.size[0];
+  }
+  p.source = sources.data();
+  p.sources = int64_t(sources.size());
   p.out = out.ptr<char>();
   p.index = index.ptr<int64_t>();
   p.rows = out.size[0];
   for (int64_t i = 0; i < p.rows; ++i)
-    check(p.index[i] < x.size[0], op, ": index[", i, "] is ", p.index[i], ", but x has ", x.size[0], " rows");
+    if (p.index[i] >= rows) fail(op, ": index[", i, "] is ", p.index[i], ", but x has ", rows, " rows");
   std::vector<char> fill(size_t(p.bytes));
-  fill_with(fill, x.dtype, value);
+  fill_with(fill, out.dtype, value);
   p.fill = fill.data();
-  p.stream = p.rows * p.bytes > streaming_threshold();
+  p.stream = p.rows * p.bytes > streamed_bytes();
   p.threads = threads_for(p.rows * p.bytes);
   py::gil_scoped_release nogil;
   gather_rows(p);
 }
 
-// out[index[i]] = x[i], rows that no index names are zero: the inverse index first, then a gather.
-void scatter_binding(const TensorView& x, const TensorView& index, const TensorView& out) {
-  check(x.present() && x.ndim >= 1 && out.present() && out.ndim >= 1,
-        "scatter_rows: x and out must be [T, ...]");
+// Row index[i] of the concatenation of outs = x[i], rows that no index names are zero: the inverse index
+// first, then a gather into each.
+void scatter_binding(const TensorView& x, const TensorView& index, const std::vector<TensorView>& outs) {
+  check(x.present() && x.ndim >= 1, "scatter_rows: x must be [T, ...]");
   check_vector("scatter_rows", "index", index, DType::i64, x.size[0]);
   check(index.present(), "scatter_rows: index must be given");
-  std::vector<int64_t> inverse(size_t(out.size[0]), -1);
+  int64_t rows = 0;
+  for (const TensorView& out : outs) {
+    check(out.present() && out.ndim >= 1, "scatter_rows: an output must be [T, ...]");
+    rows += out.size[0];
+  }
+  std::vector<int64_t> inverse(size_t(rows), -1);
   for (int64_t i = 0; i < x.size[0]; ++i) {
     const int64_t row = index.ptr<int64_t>()[i];
-    check(row < out.size[0], "scatter_rows: index[", i, "] is ", row, ", but the output has ", out.size[0],
-          " rows");
+    if (row >= rows) fail("scatter_rows: index[", i, "] is ", row, ", but the output has ", rows, " rows");
     if (row >= 0) inverse[size_t(row)] = i;
   }
   TensorView view = index;
   view.data = inverse.data();
-  view.size[0] = out.size[0];
   view.stride[0] = 1;
-  gather_binding(x, view, 0, out);
+  for (const TensorView& out : outs) {
+    view.size[0] = out.size[0];
+    gather_binding({x}, view, 0, out);
+    view.data = view.ptr<int64_t>() + out.size[0];
+  }
 }
 
 }  // namespace

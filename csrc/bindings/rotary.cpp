@@ -1,7 +1,5 @@
 #include "cpu/rotary.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -112,8 +110,7 @@ void rotary_binding(const std::vector<TensorView>& x, const std::vector<TensorVi
   p.norm = norm;
   p.eps = float(eps);
   p.interleaved = interleaved;
-  static const long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  p.stream = bytes > (cache > 0 ? cache : 32 << 20);
+  p.stream = bytes > streamed_bytes();
   p.threads = int(std::min<int64_t>(num_threads(), bytes / (64 << 10) + 1));
   py::gil_scoped_release nogil;
   backward ? rotary_backward(p) : rotary_forward(p);

@@ -47,10 +47,17 @@ struct PackParams {
   int threads;
 };
 
-// out[i] = x[index[i]], or the fill pattern where index[i] is negative. Rows are bytes.
+// Consecutive rows of the concatenation that a gather reads from.
+struct GatherSource {
+  const char* x;   // rows of `bytes` bytes
+  int64_t stride;  // bytes from row to row
+  int64_t first;   // row of the concatenation at which x begins
+};
+
+// out[i] = concatenation[index[i]], or the fill pattern where index[i] is negative. Rows are bytes.
 struct GatherParams {
-  const char* x;  // [*, bytes], rows x_stride bytes apart
-  int64_t x_stride;
+  const GatherSource* source;  // [sources], by their first rows
+  int64_t sources;
   char* out;             // [rows, bytes] contiguous
   const int64_t* index;  // [rows]
   int64_t rows, bytes;

@@ -14,26 +14,33 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-// cos and sin of frequency * position quarter turns. Reduced and evaluated in double: positions of millions
-// keep float32 accuracy.
+constexpr int64_t kAngles = 64;  // made at a time
+
+// cos and sin of frequency * position quarter turns. Reduced in double, so that positions of millions keep
+// float32 accuracy; Cephes' polynomials on what is left.
 MMFAST_INLINE void angles(const double* frequency, int32_t position, int64_t n, float* cosines,
                           float* sines) {
   constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: rounds to an integer in the low bits
-  for (int64_t j = 0; j < n; ++j) {
-    const double turns = position * frequency[j];
-    const double shifted = turns + kMagic;
-    int64_t quadrant;
-    std::memcpy(&quadrant, &shifted, 8);
-    const double a = (turns - (shifted - kMagic)) * 1.5707963267948966, z = a * a;
-    const double sine =
-        a * (1 + z * (-1.0 / 6 +
-                      z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880 + z * (-1.0 / 39916800))))));
-    const double cosine =
-        1 + z * (-0.5 + z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800)))));
-    const bool odd = quadrant & 1;
-    const double s = odd ? cosine : sine, c = odd ? sine : cosine;
-    sines[j] = float(quadrant & 2 ? -s : s);
-    cosines[j] = float((quadrant + 1) & 2 ? -c : c);
+  int32_t quadrants[kAngles];
+  for (int64_t first = 0; first < n; first += kAngles) {
+    const int64_t count = n - first < kAngles ? n - first : kAngles;
+    float *cosine = cosines + first, *sine = sines + first;
+    for (int64_t j = 0; j < count; ++j) {
+      const double turns = position * frequency[first + j], shifted = turns + kMagic;
+      int64_t bits;
+      std::memcpy(&bits, &shifted, 8);
+      quadrants[j] = int32_t(bits);
+      sine[j] = float(turns - (shifted - kMagic));
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const int32_t quadrant = quadrants[j];
+      const float a = sine[j] * 1.57079633f, z = a * a;
+      const float s = ((-1.9515296e-4f * z + 8.3321609e-3f) * z - 1.6666655e-1f) * z * a + a;
+      const float c = ((2.4433157e-5f * z - 1.3887316e-3f) * z + 4.1666646e-2f) * z * z - 0.5f * z + 1.0f;
+      const float x = quadrant & 1 ? c : s, y = quadrant & 1 ? s : c;
+      sine[j] = quadrant & 2 ? -x : x;
+      cosine[j] = (quadrant + 1) & 2 ? -y : y;
+    }
   }
 }
 
@@ -71,15 +78,15 @@ MMFAST_INLINE void row_angles(const RotaryParams& p, int64_t t, float* scratch, 
 
 // y = R x, with x read by at(i, n) and y written by finish(i, n, v).
 template <typename At, typename Finish>
-MMFAST_INLINE void rotate(const RotaryParams& p, const Angles& angle, At at, Finish finish) {
+MMFAST_INLINE void rotate(const RotaryParams& p, int64_t dim, const Angles& angle, At at, Finish finish) {
   if (p.interleaved) {
-    for_each_vector(p.dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
+    for_each_vector(dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
       const vf x = at(i, n);
       finish(i, n, x * load(angle.cosines + i) + swap_pairs(x) * load(angle.sines + i));
     });
     return;
   }
-  const int64_t half = p.dim / 2;
+  const int64_t half = dim / 2;
   for_each_vector(half, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
     const vf x = at(i, n), y = at(half + i, n), c = load(angle.cosines + i), s = load(angle.sines + i);
     finish(i, n, x * c - y * s);
@@ -87,67 +94,111 @@ MMFAST_INLINE void rotate(const RotaryParams& p, const Angles& angle, At at, Fin
   });
 }
 
+// Heads that are worked on together: one head's sum over lanes, root and division would wait for each other.
+constexpr int kGroup = 16;
+
+// Some heads of a row.
 template <typename T>
-MMFAST_INLINE float rstd_of(const RotaryParams& p, const T* x) {
-  Four squares;
-  for_each_vector_in_four(p.dim, [&](int64_t i, int n, int k) MMFAST_INLINE_LAMBDA {
-    const vf v = get(x + i, n);
-    squares.v[k] += v * v;
-  });
-  return 1.0f / std::sqrt(squares.total() / float(p.dim) + p.eps);
+struct Heads {
+  const T* x;
+  int64_t stride;
+  int count;
+};
+
+template <typename T>
+MMFAST_INLINE void rstd_of(const RotaryParams& p, int64_t dim, const Heads<T>& heads, float* rstd) {
+  for (int h = 0; h < kGroup; ++h) {
+    Four squares;
+    if (h < heads.count) {
+      const T* x = heads.x + h * heads.stride;
+      for_each_vector_in_four(dim, [&](int64_t i, int n, int k) MMFAST_INLINE_LAMBDA {
+        const vf v = get(x + i, n);
+        squares.v[k] += v * v;
+      });
+    }
+    rstd[h] = squares.total();
+  }
+  for (int h = 0; h < kGroup; ++h) rstd[h] = 1.0f / std::sqrt(rstd[h] / float(dim) + p.eps);
 }
 
 template <typename T, bool kStream>
-MMFAST_INLINE void forward_head(const RotaryParams& p, const RotarySide& side, const Angles& angle,
-                                const T* x, T* out) {
-  auto finish = [&](int64_t i, int n, vf v) MMFAST_INLINE_LAMBDA { set<kStream>(out + i, v, n); };
-  if (!p.norm)
-    return rotate(p, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n); }, finish);
-  const float rstd = rstd_of(p, x);
-  if (!side.weight)
-    return rotate(
-        p, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n) * rstd; }, finish);
-  rotate(
-      p, angle,
-      [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n) * rstd * get(side.weight + i, n); },
-      finish);
+MMFAST_INLINE void forward_heads(const RotaryParams& p, int64_t dim, const float* weight, const Angles& angle,
+                                 const Heads<T>& heads, T* out) {
+  float rstd[kGroup];
+  if (p.norm) rstd_of(p, dim, heads, rstd);
+  for (int h = 0; h < heads.count; ++h, out += dim) {
+    const T* x = heads.x + h * heads.stride;
+    auto finish = [&](int64_t i, int n, vf v) MMFAST_INLINE_LAMBDA { set<kStream>(out + i, v, n); };
+    if (!p.norm) {
+      rotate(p, dim, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n); }, finish);
+      continue;
+    }
+    const float factor = rstd[h];
+    if (!weight)
+      rotate(
+          p, dim, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n) * factor; },
+          finish);
+    else
+      rotate(
+          p, dim, angle,
+          [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n) * factor * get(weight + i, n); },
+          finish);
+  }
 }
 
-// dweight: this chunk's partial sum, or null.
+// scratch: [kGroup, padded(dim)]; dweight: this chunk's partial sum, or null.
 template <typename T, bool kStream>
-MMFAST_INLINE void backward_head(const RotaryParams& p, const RotarySide& side, const Angles& angle,
-                                 const T* x, const T* grad, T* out, float* scratch, float* dweight) {
-  auto at = [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(grad + i, n); };
-  if (!p.norm)
-    return rotate(p, angle, at,
-                  [&](int64_t i, int n, vf v) MMFAST_INLINE_LAMBDA { set<kStream>(out + i, v, n); });
-  rotate(p, angle, at, [&](int64_t i, int n, vf v) MMFAST_INLINE_LAMBDA { set<false>(scratch + i, v, n); });
-  const float rstd = rstd_of(p, x);
-  vf product = splat(0);
-  for_each_vector(p.dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
-    const vf y = get(x + i, n) * rstd;
-    vf g = get(scratch + i, n);
-    if (dweight) store(dweight + i, load(dweight + i) + g * y);
-    if (side.weight) g *= get(side.weight + i, n);
-    set<false>(scratch + i, g, n);
-    product += g * y;
-  });
-  const float mean = sum(product) / float(p.dim);
-  for_each_vector(p.dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
-    set<kStream>(out + i, (get(scratch + i, n) - get(x + i, n) * rstd * mean) * rstd, n);
-  });
+MMFAST_INLINE void backward_heads(const RotaryParams& p, int64_t dim, const float* weight,
+                                  const Angles& angle, const Heads<T>& heads, const Heads<T>& grads, T* out,
+                                  float* scratch, float* dweight) {
+  if (!p.norm) {
+    for (int h = 0; h < heads.count; ++h, out += dim) {
+      const T* grad = grads.x + h * grads.stride;
+      rotate(
+          p, dim, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(grad + i, n); },
+          [&](int64_t i, int n, vf v) MMFAST_INLINE_LAMBDA { set<kStream>(out + i, v, n); });
+    }
+    return;
+  }
+  float rstd[kGroup], mean[kGroup];
+  rstd_of(p, dim, heads, rstd);
+  for (int h = 0; h < heads.count; ++h) {
+    const T *x = heads.x + h * heads.stride, *grad = grads.x + h * grads.stride;
+    float* scaled = scratch + h * padded(dim);
+    const float factor = rstd[h];
+    vf product = splat(0);
+    rotate(
+        p, dim, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(grad + i, n); },
+        [&](int64_t i, int n, vf g) MMFAST_INLINE_LAMBDA {
+          const vf y = get(x + i, n) * factor;
+          if (dweight) set<false>(dweight + i, get(dweight + i, n) + g * y, n);
+          if (weight) g *= get(weight + i, n);
+          set<false>(scaled + i, g, n);
+          product += g * y;
+        });
+    mean[h] = sum(product) / float(dim);
+  }
+  for (int h = 0; h < heads.count; ++h, out += dim) {
+    const T* x = heads.x + h * heads.stride;
+    const float *scaled = scratch + h * padded(dim), factor = rstd[h], shift = factor * mean[h];
+    for_each_vector(dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
+      set<kStream>(out + i, (get(scaled + i, n) - get(x + i, n) * shift) * factor, n);
+    });
+  }
 }
 
-template <typename T, bool kBackward, bool kStream>
+// kDim: the number of columns where the compiler shall know it, else 0.
+template <typename T, bool kBackward, bool kStream, int kDim>
 void run(const RotaryParams& p) {
-  const int64_t stride = padded(p.dim), chunks = chunks_of(p.rows);
-  float* scratch = allocate(p.threads * 4 * stride);
+  const int64_t dim = kDim ? kDim : p.dim;
+  const int64_t stride = padded(dim), chunks = chunks_of(p.rows), size = (2 + kGroup) * stride;
+  float* scratch = allocate(p.threads * size);
   float* partials = allocate(chunks * 2 * stride);
   std::memset(partials, 0, size_t(chunks * 2 * stride) * sizeof(float));
-  std::memset(scratch, 0, size_t(p.threads * 4 * stride) * sizeof(float));
+  std::memset(scratch, 0, size_t(p.threads * size) * sizeof(float));
 #pragma omp parallel num_threads(p.threads)
   {
-    float* mine = scratch + omp_get_thread_num() * 4 * stride;
+    float* mine = scratch + omp_get_thread_num() * size;
     const Angles angle{mine, mine + stride};
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < chunks; ++c) {
@@ -155,20 +206,24 @@ void run(const RotaryParams& p) {
         if (p.inside[t]) row_angles<kBackward>(p, t, mine + 2 * stride, angle);
         for (int i = 0; i < p.sides; ++i) {
           const RotarySide& side = p.side[i];
-          T* out = static_cast<T*>(side.out) + t * side.heads * p.dim;
+          T* out = static_cast<T*>(side.out) + t * side.heads * dim;
           if (!p.inside[t]) {
-            std::memset(out, 0, size_t(side.heads * p.dim) * sizeof(T));
+            std::memset(out, 0, size_t(side.heads * dim) * sizeof(T));
             continue;
           }
           float* dweight = side.dweight ? partials + (2 * c + i) * stride : nullptr;
-          for (int64_t h = 0; h < side.heads; ++h, out += p.dim) {
-            const T* x = static_cast<const T*>(side.x) + t * side.x_stride[0] + h * side.x_stride[1];
+          for (int64_t h = 0; h < side.heads; h += kGroup, out += kGroup * dim) {
+            const int count = side.heads - h < kGroup ? int(side.heads - h) : kGroup;
+            const Heads<T> x{static_cast<const T*>(side.x) + t * side.x_stride[0] + h * side.x_stride[1],
+                             side.x_stride[1], count};
             if constexpr (kBackward) {
-              const T* grad =
-                  static_cast<const T*>(side.grad) + t * side.grad_stride[0] + h * side.grad_stride[1];
-              backward_head<T, kStream>(p, side, angle, x, grad, out, mine + 2 * stride, dweight);
+              const Heads<T> grad{
+                  static_cast<const T*>(side.grad) + t * side.grad_stride[0] + h * side.grad_stride[1],
+                  side.grad_stride[1], count};
+              backward_heads<T, kStream>(p, dim, side.weight, angle, x, grad, out, mine + 2 * stride,
+                                         dweight);
             } else {
-              forward_head<T, kStream>(p, side, angle, x, out);
+              forward_heads<T, kStream>(p, dim, side.weight, angle, x, out);
             }
           }
         }
@@ -178,7 +233,7 @@ void run(const RotaryParams& p) {
   }
   for (int i = 0; i < p.sides; ++i) {
     if (!p.side[i].dweight) continue;
-    for (int64_t d = 0; d < p.dim; ++d) {
+    for (int64_t d = 0; d < dim; ++d) {
       float total = 0;
       for (int64_t c = 0; c < chunks; ++c) total += partials[(2 * c + i) * stride + d];
       p.side[i].dweight[d] = total;
@@ -188,23 +243,29 @@ void run(const RotaryParams& p) {
   release(scratch);
 }
 
-template <bool kBackward>
+template <typename T, bool kBackward, bool kStream>
+void dispatch_dim(const RotaryParams& p) {
+  if (p.dim == 64) return run<T, kBackward, kStream, 64>(p);
+  if (p.dim == 128) return run<T, kBackward, kStream, 128>(p);
+  run<T, kBackward, kStream, 0>(p);
+}
+
+template <typename T, bool kBackward>
 void dispatch(const RotaryParams& p) {
-  const bool f32 = p.dtype == DType::f32;
   bool stream = p.stream;
   // Half-split heads are written in two halves, each of which must be aligned.
-  for (int i = 0; i < p.sides; ++i) stream = stream && can_stream(p.side[i].out, p.dim / 2 * (f32 ? 4 : 2));
-  if (f32) return stream ? run<float, kBackward, true>(p) : run<float, kBackward, false>(p);
-  return stream ? run<bf16, kBackward, true>(p) : run<bf16, kBackward, false>(p);
+  for (int i = 0; i < p.sides; ++i)
+    stream = stream && can_stream(p.side[i].out, p.dim / 2 * int64_t(sizeof(T)));
+  stream ? dispatch_dim<T, kBackward, true>(p) : dispatch_dim<T, kBackward, false>(p);
 }
 
 }  // namespace
 
 void rotary_forward(const RotaryParams& p) {
-  dispatch<false>(p);
+  p.dtype == DType::f32 ? dispatch<float, false>(p) : dispatch<bf16, false>(p);
 }
 void rotary_backward(const RotaryParams& p) {
-  dispatch<true>(p);
+  p.dtype == DType::f32 ? dispatch<float, true>(p) : dispatch<bf16, true>(p);
 }
 
 }  // namespace MMFAST_ISA

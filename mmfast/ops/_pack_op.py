@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor, float32
+import torch
+from torch import Tensor
 
 from mmfast import _native
 from mmfast.ops._library import define, no_double_backward
@@ -12,7 +13,7 @@ _CALL = ("tokens", "source", "modality", "position", "type_embedding", "tables",
 
 
 def _forward_cpu(*call) -> tuple[Tensor, Tensor, Tensor]:
-    out = _forward_fake(*call)
+    out = _forward_fake(*call, empty=_native.empty)
     _native.cpu().pack_forward(*call, *out)
     return out
 
@@ -28,12 +29,24 @@ def _forward_triton(*call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward_fake(
-    tokens, source, modality, position, type_embedding, tables, table_first, names, norm, weight, bias, eps
+    tokens,
+    source,
+    modality,
+    position,
+    type_embedding,
+    tables,
+    table_first,
+    names,
+    norm,
+    weight,
+    bias,
+    eps,
+    empty=torch.empty,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = source.shape[0]
-    x = tokens[0].new_empty(rows, tokens[0].shape[1])
-    mean = tokens[0].new_empty(rows if norm == 1 else 0, dtype=float32)
-    rstd = tokens[0].new_empty(rows if norm else 0, dtype=float32)
+    x = empty(rows, tokens[0].shape[1], dtype=tokens[0].dtype, device=tokens[0].device)
+    mean = tokens[0].new_empty(rows if norm == 1 else 0, dtype=torch.float32)
+    rstd = tokens[0].new_empty(rows if norm else 0, dtype=torch.float32)
     return x, mean, rstd
 
 
@@ -103,18 +116,20 @@ def _backward_fake(
     rstd,
     sizes,
     needs,
+    empty=torch.empty,
 ) -> list[Tensor]:
     """Empty gradients in the order of `needs`: tokens, type_embedding, tables, weight, bias; not needed: empty."""
     shapes = [(size, dx.shape[1]) for size in sizes]
     like = [dx] * len(sizes) + [type_embedding, *tables, weight, bias]
     shapes += [None if t is None else t.shape for t in like[len(sizes) :]]
     return [
-        dx.new_empty(shape, dtype=t.dtype) if need else dx.new_empty(0) for shape, t, need in zip(shapes, like, needs)
+        empty(*shape, dtype=t.dtype, device=dx.device) if need else dx.new_empty(0)
+        for shape, t, need in zip(shapes, like, needs)
     ]
 
 
 def _backward_cpu(dx, *arguments) -> list[Tensor]:
-    dx, grads, wanted, sizes = _backward_results(dx, *arguments)
+    dx, grads, wanted, sizes = _backward_results(_native.empty, dx, *arguments)
     _native.cpu().pack_backward(dx, *arguments[:-2], *wanted, sizes)
     return grads
 
@@ -122,7 +137,9 @@ def _backward_cpu(dx, *arguments) -> list[Tensor]:
 def _backward_triton(dx, *arguments) -> list[Tensor]:
     from mmfast.kernels import packing as kernels
 
-    dx, grads, (dtokens, dtype_embedding, dtables, dweight, dbias), sizes = _backward_results(dx, *arguments)
+    dx, grads, (dtokens, dtype_embedding, dtables, dweight, dbias), sizes = _backward_results(
+        torch.empty, dx, *arguments
+    )
     call = dict(zip((*_CALL, "weight", "bias", "mean", "rstd"), arguments))
     del call["names"], call["bias"]
     kernels.pack_backward(
@@ -132,12 +149,12 @@ def _backward_triton(dx, *arguments) -> list[Tensor]:
     return grads
 
 
-def _backward_results(dx, *arguments):
+def _backward_results(empty, dx, *arguments):
     """dx with dense rows, all gradients, those that are wanted in the kernels' order, and the parts' sizes."""
     if dx.stride(1) != 1 and dx.shape[1] > 1:
         dx = dx.contiguous()
     *_, sizes, needs = arguments
-    grads = _backward_fake(dx, *arguments)
+    grads = _backward_fake(dx, *arguments, empty=empty)
     wanted = [g if need else None for g, need in zip(grads, needs)]
     parts = len(sizes)
     return dx, grads, (wanted[:parts], wanted[parts], wanted[parts + 1 : -2], wanted[-2], wanted[-1]), sizes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,15 +29,24 @@ def gather(op: str, x: Tensor, index: Tensor, value: float = 0.0, backend: str |
     chosen = _choose(op, x, backend)
     if chosen == "reference":
         return reference.gather_rows(x, index, value)
-    return _through(x, value, chosen, lambda x: _gather(x, index, value, chosen))
+    if x.dtype == torch.bool:
+        return _gather([x.to(torch.uint8)], index, value, chosen).bool()
+    if x.dtype == torch.float16 and value and chosen == "cpu":
+        return _gather([x.float()], index, value, chosen).half()
+    return _gather([x], index, value, chosen)
 
 
-def scatter(op: str, x: Tensor, index: Tensor, rows: int, backend: str | None = None) -> Tensor:
-    """out[index[i]] = x[i]; rows that no index names are zero, a negative index drops the row."""
+def scatter(op: str, x: Tensor, index: Tensor, sizes: Sequence[int], backend: str | None = None) -> list[Tensor]:
+    """Tensors of `sizes` rows, whose concatenation has out[index[i]] = x[i].
+
+    Rows that no index names are zero, a negative index drops the row.
+    """
     chosen = _choose(op, x, backend)
     if chosen == "reference":
-        return reference.scatter_rows(x, index, rows)
-    return _through(x, 0.0, chosen, lambda x: _scatter(x, index, rows, chosen))
+        return list(reference.scatter_rows(x, index, sum(sizes)).split(list(sizes)))
+    if x.dtype == torch.bool:
+        return [out.bool() for out in _scatter(x.to(torch.uint8), index, sizes, chosen)]
+    return _scatter(x, index, sizes, chosen)
 
 
 def _choose(op: str, x: Tensor, backend: str | None) -> str:
@@ -43,84 +54,88 @@ def _choose(op: str, x: Tensor, backend: str | None) -> str:
     return choose(op, backend, refusals)
 
 
-def _through(x: Tensor, value: float, backend: str, function) -> Tensor:
-    """Through a dtype that the kernel knows."""
-    if x.dtype == torch.bool:
-        return function(x.to(torch.uint8)).bool()
-    if x.dtype == torch.float16 and value and backend == "cpu":
-        return function(x.float()).half()
-    return function(x)
-
-
 def _dense_rows(x: Tensor) -> Tensor:
     """Rows may be strided in dimension 0 only."""
     return x if x.dim() == 1 or x.shape[0] == 0 or x[0].is_contiguous() else x.contiguous()
 
 
-def _gather_cpu(x: Tensor, index: Tensor, value: float) -> Tensor:
-    out = x.new_empty(index.shape[0], *x.shape[1:])
-    _native.cpu().gather_rows(_two(_dense_rows(x)), index, value, _two(out))
+def _gather_cpu(x: list[Tensor], index: Tensor, value: float) -> Tensor:
+    out = _native.empty(index.shape[0], *x[0].shape[1:], dtype=x[0].dtype)
+    _native.cpu().gather_rows([_two(_dense_rows(t)) for t in x], index, value, _two(out))
     return out
 
 
-def _gather_triton(x: Tensor, index: Tensor, value: float) -> Tensor:
+def _gather_triton(x: list[Tensor], index: Tensor, value: float) -> Tensor:
     from mmfast.kernels import _rows as kernels
 
-    out = x.new_empty(index.shape[0], *x.shape[1:])
-    kernels.gather_rows([_two(_dense_rows(x))], index.contiguous(), value, [_two(out)])
+    out = _gather_fake(x, index, value)
+    kernels.gather_rows([_two(_dense_rows(t)) for t in x], index.contiguous(), value, [_two(out)])
     return out
 
 
-def _scatter_cpu(x: Tensor, index: Tensor, rows: int) -> Tensor:
-    out = x.new_empty(rows, *x.shape[1:])
-    _native.cpu().scatter_rows(_two(_dense_rows(x)), index, _two(out))
+def _scatter_cpu(x: Tensor, index: Tensor, sizes: list[int]) -> list[Tensor]:
+    out = [_native.empty(rows, *x.shape[1:], dtype=x.dtype) for rows in sizes]
+    _native.cpu().scatter_rows(_two(_dense_rows(x)), index, [_two(t) for t in out])
     return out
 
 
-def _scatter_triton(x: Tensor, index: Tensor, rows: int) -> Tensor:
+def _scatter_triton(x: Tensor, index: Tensor, sizes: list[int]) -> list[Tensor]:
     from mmfast.kernels import _rows as kernels
 
-    out = x.new_empty(rows, *x.shape[1:])
-    kernels.scatter_rows(_two(_dense_rows(x)), index.contiguous(), [_two(out)])
+    out = _scatter_fake(x, index, sizes)
+    kernels.scatter_rows(_two(_dense_rows(x)), index.contiguous(), [_two(t) for t in out])
     return out
 
 
-def _two(out: Tensor) -> Tensor:
-    return out.flatten(1) if out.dim() > 1 else out
+def _gather_fake(x: list[Tensor], index: Tensor, value: float) -> Tensor:
+    return x[0].new_empty(index.shape[0], *x[0].shape[1:])
+
+
+def _scatter_fake(x: Tensor, index: Tensor, sizes: list[int]) -> list[Tensor]:
+    return [x.new_empty(rows, *x.shape[1:]) for rows in sizes]
+
+
+def _two(x: Tensor) -> Tensor:
+    return x.flatten(1) if x.dim() > 1 else x
 
 
 def _gather_context(ctx, inputs, output):
     x, index, _, ctx.backend = inputs
     ctx.save_for_backward(index)
-    ctx.rows = x.shape[0]
-
-
-def _scatter_context(ctx, inputs, output):
-    ctx.save_for_backward(inputs[1])
-    ctx.backend = inputs[-1]
+    ctx.sizes = [t.shape[0] for t in x]
 
 
 def _gather_backward(ctx, grad):
-    return _scatter(grad, ctx.saved_tensors[0], ctx.rows, ctx.backend), None, None, None
+    return _scatter(grad, ctx.saved_tensors[0], ctx.sizes, ctx.backend), None, None, None
 
 
-def _scatter_backward(ctx, grad):
-    return _gather(grad, ctx.saved_tensors[0], 0.0, ctx.backend), None, None, None
+def _scatter_context(ctx, inputs, output):
+    x, index, ctx.sizes, ctx.backend = inputs
+    ctx.save_for_backward(index)
+    ctx.like = x.shape[1:], x.dtype, x.device
+
+
+def _scatter_backward(ctx, grads):
+    shape, dtype, device = ctx.like
+    grads = [
+        torch.zeros(rows, *shape, dtype=dtype, device=device) if g is None else g for g, rows in zip(grads, ctx.sizes)
+    ]
+    return _gather(grads, ctx.saved_tensors[0], 0.0, ctx.backend), None, None, None
 
 
 _gather = define(
-    "gather_rows(Tensor x, Tensor index, float value, str backend) -> Tensor",
+    "gather_rows(Tensor[] x, Tensor index, float value, str backend) -> Tensor",
     cpu=_gather_cpu,
     triton=_gather_triton,
-    fake=lambda x, index, value: x.new_empty(index.shape[0], *x.shape[1:]),
+    fake=_gather_fake,
     setup_context=_gather_context,
     backward=_gather_backward,
 )
 _scatter = define(
-    "scatter_rows(Tensor x, Tensor index, SymInt rows, str backend) -> Tensor",
+    "scatter_rows(Tensor x, Tensor index, SymInt[] sizes, str backend) -> Tensor[]",
     cpu=_scatter_cpu,
     triton=_scatter_triton,
-    fake=lambda x, index, rows: x.new_empty(rows, *x.shape[1:]),
+    fake=_scatter_fake,
     setup_context=_scatter_context,
     backward=_scatter_backward,
 )

@@ -203,7 +203,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _forward_cpu(q, k, v, *rest):
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = _native.empty(*q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     _native.cpu().attention_forward(_rows(q), _rows(k), _rows(v), out, lse, rest[:5], rest[5:10], *rest[10:])
     return out, lse
@@ -239,7 +239,7 @@ def _autograd(ctx, dout, dlse):
 
 
 def _backward_cpu(dout, q, k, v, out, lse, *rest):
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (_native.empty(*x.shape, dtype=x.dtype) for x in (q, k, v))
     _native.cpu().attention_backward(
         _rows(dout), _rows(q), _rows(k), _rows(v), out, lse, dq, dk, dv, rest[:5], rest[5:10], *rest[10:]
     )

@@ -152,7 +152,7 @@ def unpack(x: Tensor, layout: Layout, *, backend: str | None = None) -> dict[str
         backend: "cpu", "triton" or "reference"; None: automatic.
 
     Returns:
-        name -> `[Tm, ...]`. They share memory with each other.
+        name -> `[Tm, ...]`.
 
     Raises:
         ValueError: the layout does not come from `pack`, or x has another number of rows.
@@ -163,8 +163,9 @@ def unpack(x: Tensor, layout: Layout, *, backend: str | None = None) -> dict[str
         raise ValueError("unpack: the layout has no source and sizes; expected the layout that mmfast.pack returned")
     if x.dim() < 1 or x.shape[0] != layout.source.shape[0]:
         raise ValueError(f"unpack: x has shape {list(x.shape)}; expected [T, ...] with T = {layout.source.shape[0]}")
-    out = scatter("unpack", x, layout.source, x.shape[0], backend)
-    return dict(zip(layout.names, out.split(layout.sizes)))
+    if sum(layout.sizes) != x.shape[0]:
+        raise ValueError(f"unpack: the layout's sizes add up to {sum(layout.sizes)}, but x has {x.shape[0]} rows")
+    return dict(zip(layout.names, scatter("unpack", x, layout.source, layout.sizes, backend)))
 
 
 def to_padded(

@@ -157,7 +157,7 @@ def _rows(layout: Layout, rows: int, sections: Sequence[int]) -> tuple[Tensor, T
 
 
 def _forward(x, weight, weight_1, *fields):
-    x, out = [_dense(t) for t in x], _forward_fake(x)
+    x, out = [_dense(t) for t in x], [_native.empty(*t.shape, dtype=t.dtype) for t in x]
     _native.cpu().rotary(x, [], out, [weight, weight_1][: len(x)], [], *fields)
     return out
 
@@ -196,7 +196,7 @@ def _backward(ctx, grads):
 
 
 def _backward_cpu(grads, x, weight, weight_1, *fields):
-    call, out = _backward_call(grads, x, weight, weight_1)
+    call, out = _backward_call(_native.empty, grads, x, weight, weight_1)
     _native.cpu().rotary(*call, *fields)
     return out
 
@@ -204,25 +204,25 @@ def _backward_cpu(grads, x, weight, weight_1, *fields):
 def _backward_triton(grads, x, weight, weight_1, *fields):
     from mmfast.kernels import rotary as kernels
 
-    call, out = _backward_call(grads, x, weight, weight_1)
+    call, out = _backward_call(torch.empty, grads, x, weight, weight_1)
     kernels.rotary(*call, *fields)
     return out
 
 
-def _backward_call(grads, x, weight, weight_1):
+def _backward_call(empty, grads, x, weight, weight_1):
     """The kernels' tensors, and the op's result, which they fill."""
     grads, x = [_dense(g) for g in grads], [_dense(t) for t in x]
     weights = [weight, weight_1][: len(x)]
-    out = _backward_fake(grads, x, weight, weight_1)
+    out = _backward_fake(grads, x, weight, weight_1, empty=empty)
     dweights = [g if w is not None else None for g, w in zip(out[len(x) :], weights)]
     return (x, grads, out[: len(x)], weights, dweights), out
 
 
-def _backward_fake(grads, x, weight, weight_1, *_):
+def _backward_fake(grads, x, weight, weight_1, *_, empty=torch.empty):
     """Gradients of x, then of the weights (an absent weight's is empty)."""
     weights = [weight, weight_1][: len(x)]
     return [
-        *(t.new_empty(t.shape) for t in x),
+        *(empty(*t.shape, dtype=t.dtype, device=t.device) for t in x),
         *(x[0].new_empty(0 if w is None else w.shape[0], dtype=torch.float32) for w in weights),
     ]
 

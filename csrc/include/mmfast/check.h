@@ -21,6 +21,25 @@ void check(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
 }
 
+// Bytes of an element.
+inline int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::u8:
+      return 1;
+    case DType::f16:
+    case DType::bf16:
+      return 2;
+    case DType::f32:
+    case DType::i32:
+      return 4;
+    case DType::f64:
+    case DType::i64:
+      return 8;
+    default:
+      fail("mmfast: a tensor has an unsupported dtype");
+  }
+}
+
 // What could corrupt memory if it were wrong: presence, device, dtype and number of dimensions.
 inline void check_tensor(const char* op, const char* name, const TensorView& t, DType dtype, int ndim) {
   check(t.present(), op, ": ", name, " is missing; expected a tensor");

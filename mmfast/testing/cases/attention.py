@@ -54,6 +54,11 @@ def cases(small: bool = False) -> list[Case]:
                 found.append(
                     Case("attention", name, measured, dtype, peers, make, "arithmetic", quick=name not in SLOW)
                 )
+    name = "early fusion" if small else FUSION
+    for dtype in DTYPES:  # compiling takes the peer a quarter of a minute, so that it has a row of its own
+        make = partial(contest, (SMALL if small else WORKLOADS)[name], dtype, False, FLEX)
+        beside = f"{name}, beside FlexAttention"
+        found.append(Case("attention", beside, "forward", dtype, FLEX, make, "arithmetic", quick=False))
     return found
 
 
