@@ -391,6 +391,7 @@ def examples() -> list[Example]:
             f"{str(c[0])[6:]} N={c[1]} D={c[2]}{' ids' * c[3]}{' kept' * c[4]}",
             lambda c=c: run(*c),
             wgmma=() if c[0] == torch.float32 or c[4] else kernels,
+            quick=c[0] == torch.bfloat16,
         )
         for c in cases
     ]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels._common import Config, Example
+from mmfast.kernels._common import Config, Example, tuned
 from mmfast.kernels._rows import alignment, row_of, scatter_rows
 
 MAX_DIM = 16384  # a row is held by one program
@@ -251,25 +251,30 @@ def pack_forward(
     rows, dim = x.shape
     if rows == 0 or dim == 0:
         return
-    config = _config(dim, _FORWARD)
-    _forward[(triton.cdiv(rows, config.constants["ROWS"]),)](
-        source=source,
-        modality=modality,
-        position=position,
-        type_embedding=type_embedding,
-        weight=weight,
-        bias=bias,
-        eps=eps,
-        x=x,
-        mean=mean,
-        rstd=rstd,
-        rows=rows,
-        D=dim,
-        NORM=norm,
-        ALIGN=alignment(tokens),
-        **_described(tokens, [t.shape[0] for t in tokens], position, tables, table_first),
-        **config.options(),
-    )
+    described = _described(tokens, [t.shape[0] for t in tokens], position, tables, table_first)
+
+    def launch(config: Config) -> None:
+        _forward[(triton.cdiv(rows, config.constants["ROWS"]),)](
+            source=source,
+            modality=modality,
+            position=position,
+            type_embedding=type_embedding,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+            x=x,
+            mean=mean,
+            rstd=rstd,
+            rows=rows,
+            D=dim,
+            NORM=norm,
+            ALIGN=alignment(tokens),
+            **described,
+            **config.options(),
+        )
+
+    key = ("pack", dim, x.dtype, norm, len(tokens), len(tables), triton.next_power_of_2(rows))
+    tuned(key, _config(dim, _FORWARD), [_config(dim, n) for n in (256, 1024, 2048)], launch)
 
 
 def pack_backward(
@@ -431,9 +436,9 @@ def examples() -> list[Example]:
 
     return [
         Example("bfloat16 D=1024 layer norm", lambda: run(torch.bfloat16, 1024, 1, torch.bfloat16)),
-        Example("bfloat16 D=768 layer norm", lambda: run(torch.bfloat16, 768, 1, torch.float32)),
+        Example("bfloat16 D=768 layer norm", lambda: run(torch.bfloat16, 768, 1, torch.float32), quick=False),
         Example("bfloat16 D=128 rms norm", lambda: run(torch.bfloat16, 128, 2, torch.float32)),
-        Example("bfloat16 D=4096 rms norm", lambda: run(torch.bfloat16, 4096, 2, torch.float32)),
-        Example("float32 D=1024 layer norm", lambda: run(torch.float32, 1024, 1, torch.float32)),
+        Example("bfloat16 D=4096 rms norm", lambda: run(torch.bfloat16, 4096, 2, torch.float32), quick=False),
+        Example("float32 D=1024 layer norm", lambda: run(torch.float32, 1024, 1, torch.float32), quick=False),
         Example("rows bfloat16 W=1024", lambda: rows(torch.bfloat16, 1024)),
     ]

@@ -351,7 +351,9 @@ def examples() -> list[Example]:
         Example("linf bfloat16 pixels, all options", lambda: step([pixels], torch.bfloat16, False, False, True)),
         Example("l2 float32 pixels, all options", lambda: step([pixels], torch.float32, True, False, True)),
         Example("l2 bfloat16 packed text", lambda: step([text], torch.bfloat16, True, False, False, True)),
-        Example("l2 bfloat16 tokens, all options", lambda: step([text], torch.bfloat16, True, True, True, True)),
+        Example(
+            "l2 bfloat16 tokens, all options", lambda: step([text], torch.bfloat16, True, True, True, True), quick=False
+        ),
         Example(
             "linf bfloat16 three modalities", lambda: step([pixels, text, text], torch.bfloat16, False, False, True)
         ),

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels._common import Config, Example
+from mmfast.kernels._common import Config, Example, tuned
 from mmfast.kernels._samples import sample_of
 
 
@@ -179,49 +179,53 @@ def rotary(
             g.zero_()
         return
     count, half, batch = len(x), dim // 2, cu_seqlens.shape[0] - 1
-    config = _config(dim)
-    blocks = triton.cdiv(rows, config.constants["BLOCK_T"])
-    # Few rows: the heads are shared by several programs.
-    groups = min(max(t.shape[1] for t in x), triton.cdiv(_PROGRAMS, blocks))
-    partial = [
-        x[0].new_empty(blocks * groups, dim, dtype=torch.float32) if grads and dweights[i] is not None else None
-        for i in range(count)
-    ]
-    nothing = (None,) * count
-    sections = [*sections, 0, 0]
-    _rotary[(blocks, groups)](
-        tuple(x),
-        tuple(grads) if grads else nothing,
-        tuple(out),
-        tuple(weights),
-        tuple(partial),
-        tuple(t.stride(0) for t in x),
-        tuple(t.stride(1) for t in x),
-        tuple(t.stride(0) for t in grads) if grads else nothing,
-        tuple(t.stride(1) for t in grads) if grads else nothing,
-        tuple(t.shape[1] for t in x),
-        tuple(triton.cdiv(t.shape[1], groups) for t in x),
-        cu_seqlens,
-        seqused,
-        start,
-        position,
-        rows,
-        batch,
-        batch.bit_length(),
-        eps,
-        LOG2_BASE=math.log2(base),
-        AXES=1 if position is None else position.shape[1],
-        SECTION_0=sections[0],
-        SECTION_1=sections[1],
-        HALF=half,
-        BLOCK_HALF=triton.next_power_of_2(half),
-        INTERLEAVED=interleaved,
-        NORM=norm,
-        **config.options(),
-    )
-    for p, g in zip(partial, dweights):
-        if p is not None:
-            torch.sum(p, 0, out=g)
+    nothing, given = (None,) * count, [*sections, 0, 0]
+    position = None if position is None else position.contiguous()
+
+    def launch(config: Config) -> None:
+        blocks = triton.cdiv(rows, config.constants["BLOCK_T"])
+        # Few rows: the heads are shared by several programs.
+        groups = min(max(t.shape[1] for t in x), triton.cdiv(_PROGRAMS, blocks))
+        partial = [
+            x[0].new_empty(blocks * groups, dim, dtype=torch.float32) if grads and dweights[i] is not None else None
+            for i in range(count)
+        ]
+        _rotary[(blocks, groups)](
+            tuple(x),
+            tuple(grads) if grads else nothing,
+            tuple(out),
+            tuple(weights),
+            tuple(partial),
+            tuple(t.stride(0) for t in x),
+            tuple(t.stride(1) for t in x),
+            tuple(t.stride(0) for t in grads) if grads else nothing,
+            tuple(t.stride(1) for t in grads) if grads else nothing,
+            tuple(t.shape[1] for t in x),
+            tuple(triton.cdiv(t.shape[1], groups) for t in x),
+            cu_seqlens,
+            seqused,
+            start,
+            position,
+            rows,
+            batch,
+            batch.bit_length(),
+            eps,
+            LOG2_BASE=math.log2(base),
+            AXES=1 if position is None else position.shape[1],
+            SECTION_0=given[0],
+            SECTION_1=given[1],
+            HALF=half,
+            BLOCK_HALF=triton.next_power_of_2(half),
+            INTERLEAVED=interleaved,
+            NORM=norm,
+            **config.options(),
+        )
+        for p, g in zip(partial, dweights):
+            if p is not None:
+                torch.sum(p, 0, out=g)
+
+    key = ("rotary", dim, x[0].dtype, bool(grads), norm, interleaved, triton.next_power_of_2(rows))
+    tuned(key, _config(dim), _candidates(dim), launch)
 
 
 _PROGRAMS = 528  # enough for four on each of 132 multiprocessors
@@ -230,6 +234,11 @@ _PROGRAMS = 528  # enough for four on each of 132 multiprocessors
 def _config(dim: int) -> Config:
     """16 elements of a row block's two halves for each thread."""
     return Config({"BLOCK_T": max(1, 2048 // triton.next_power_of_2(dim))})
+
+
+def _candidates(dim: int) -> list[Config]:
+    half = triton.next_power_of_2(dim)
+    return [Config({"BLOCK_T": max(1, size // half)}, warps) for size in (1024, 2048, 4096) for warps in (2, 4, 8)]
 
 
 def examples() -> list[Example]:

@@ -365,9 +365,10 @@ class Layout:
             return dataclasses.replace(self, time=time.to(torch.int32))
         if not modalities:
             raise ValueError(f"Layout.with_time: kind {kind!r} needs modalities=(...), the names it speaks of")
-        chosen = torch.zeros(MAX_MODALITIES, dtype=torch.bool, device=self.device)
-        chosen[[self.modality_id(name) for name in modalities]] = True
-        member = chosen[self.modalities().long()]
+        modality = self.modalities()
+        member = torch.zeros_like(modality, dtype=torch.bool)
+        for name in modalities:  # numbers of the host in a kernel, where an index of them would wait for the device
+            member = member | (modality == self.modality_id(name))
         if kind == "prefix":
             time = torch.where(member, 0, position)
         elif kind == "segment_start":

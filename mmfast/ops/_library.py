@@ -23,8 +23,8 @@ def define(
 ) -> Callable:
     """Registers `mmfast::<schema>` and returns a function that runs it; the default overload is its attribute `op`.
 
-    The function calls the implementation itself where nothing would look at the call on its way through the dispatcher,
-    whose Python layers cost more than a small kernel.
+    The function calls the implementation itself where nothing would look at the call on its way through the
+    dispatcher, whose Python layers cost more than a small kernel.
 
     An op with Triton kernels has one more argument, `str backend`, last in its schema: "cpu" or "triton", as
     `_dispatch.choose` said. The implementations and the fake do not get it; `setup_context` finds it in `inputs[-1]`,
