@@ -301,9 +301,9 @@ def examples() -> list[Example]:
     return [
         example("bf16 D128 causal", causal, quick=True),
         example("bf16 D64 causal", causal, 64),
-        example("bf16 D256 causal", causal, 256, quick=True),
+        example("bf16 D256 causal", causal, 256),
         example("bf16 D128 full", full),
-        example("bf16 D64 full", full, 64, quick=True),
+        example("bf16 D64 full", full, 64),
         example("bf16 D128 table, group of 4", mixed, group=4, quick=True),
         example("bf16 D64 table", mixed, 64),
         example("bf16 D80 table", mixed, 80),
@@ -312,5 +312,5 @@ def examples() -> list[Example]:
         example("bf16 D64 full, 32 queries", full, 64, length=32),
         example("bf16 D128 full, 1 query, group of 8", full, group=8, length=1, quick=True),
         example("fp32 D64 causal", causal, 64, torch.float32),
-        example("fp32 D128 table", mixed, 128, torch.float32, quick=True),
+        example("fp32 D128 table", mixed, 128, torch.float32),
     ]

@@ -85,6 +85,6 @@ def test_an_op_runs_the_implementation_that_was_chosen():
         out = op(x, 0.25, backend)
         assert torch.equal(out, x + sign * 0.25)
         assert torch.equal(torch.autograd.grad(out.sum(), x)[0], sign * torch.ones(3))
-        opcheck(op, (x, 0.25, backend))
+        opcheck(op.op, (x, 0.25, backend))
     with pytest.raises(ValueError, match="last argument must be 'str backend'"):
         _library.define("test_one(Tensor x) -> Tensor", cpu=None, triton=abs, fake=None)

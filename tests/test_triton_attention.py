@@ -408,7 +408,7 @@ def test_opcheck():
     fields = [getattr(layout, f) for f in op._FIELDS]
     rules = ModalityMask.causal().table()
     arguments = (q, k, v, *fields, *fields, rules, -1, -1, 0.25, 0.0, 0.5, torch.tensor([3], device=DEVICE), "triton")
-    torch.library.opcheck(op._attention, arguments)
+    torch.library.opcheck(op._attention.op, arguments)
 
 
 def test_compiles_once_for_ragged_batches():
