@@ -18,6 +18,7 @@ from mmfast.testing import cases, machine, memory, picture, report, suite, train
 from mmfast.testing.bench import interleaved
 from mmfast.testing.cases import Case, Contest, agree
 
+
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch):
     """torch.compile takes ten seconds a peer; what it compiles is the eager peer."""
