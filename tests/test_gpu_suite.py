@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmfast.ops import _dispatch
-from mmfast.testing import suite, train_step
+from mmfast.testing import report, suite, train_step
 from mmfast.testing.cases import Case, Contest, WrongPeer
 from mmfast.testing.gpu import cases, checks, clock, peers, probes
 from mmfast.testing.gpu.budget import Budget
@@ -192,6 +192,13 @@ def test_the_timer_reads_events_and_keeps_the_host_ahead(monkeypatch):
     assert timer(work) == timer(work) == 3e-3
     assert slept[0] == 0 and slept[1] >= 1.5 * 2e-3 * clock.CYCLES
     assert clock.timer_of(CPU) is None
+
+
+def test_the_report_says_where_the_host_is_slower():
+    row = {"seconds": {"mmfast": 1e-5}, "host_seconds": {"mmfast": 5e-5}}
+    assert report.host(row) == "; queued in 50 us"
+    assert report.host(row | {"host_seconds": {"mmfast": 1e-6}}) == report.host({"seconds": {"mmfast": 1.0}}) == ""
+    assert report.rate(6.5e14, "FLOP/s") == "650 TFLOP/s" and report.rate(4.3e12, "B/s") == "4.3 TB/s"
 
 
 def test_peers_that_cannot_be_built_are_refused_when_run():

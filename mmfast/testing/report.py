@@ -34,7 +34,7 @@ def line(row: dict) -> str:
     text = f"{head} {duration(row['seconds']['mmfast']):>8}"
     text += f" {rate(row['rate'], row['unit']):>12}" if row["rate"] and row["op"] != "call" else " " * 13
     share = row["ceiling"] and f"{row['share']:4.0%} of {row['ceiling']['name']}"
-    text += f"  {share or '':26}"
+    text += f"  {share or '':26}{host(row)}"
     text += "  " + ", ".join(f"{name} {ratio(r)}" for name, r in row["ratios"].items())
     return text + (f"  (spread {row['spread']['mmfast']:.0%})" if row["spread"]["mmfast"] > 0.1 else "")
 
@@ -151,7 +151,13 @@ def cell(row: dict) -> str:
     if row["ceiling"]:
         parts.append(f"{rate(row['rate'], row['unit'])} {row['share']:.0%}")
     peers = ", ".join(f"{name} {ratio(r, bold=True)}" for name, r in row["ratios"].items())
-    return "; ".join(parts + [peers] * bool(peers))
+    return "; ".join(parts + [peers] * bool(peers)) + host(row)
+
+
+def host(row: dict) -> str:
+    """Where the host needs longer to queue a run than the GPU to do it, that is what a single call costs."""
+    queued = row.get("host_seconds", {}).get("mmfast", 0.0)
+    return f"; queued in {duration(queued)}" if queued > row["seconds"]["mmfast"] else ""
 
 
 def scaling(rows: Sequence[dict]) -> list[str]:

@@ -60,6 +60,7 @@ def run_case(case: Case, effort: Effort, device: torch.device) -> dict:
     timer = timer_of(device)
     if timer:  # what a compiled peer of an earlier case left behind would count towards its limit of compilations
         torch.compiler.reset()
+        torch.cuda.empty_cache()
     contest = case.make(device)
     refused = {}
     for name, peer in list(contest.peers.items()):
