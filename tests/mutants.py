@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TESTS = {
-    "attention": ("test_attention_masks.py", "test_attention.py"),
+    "attention": ("test_attention_masks.py", "test_attention_few_queries.py", "test_attention.py"),
     "rotary": ("test_rotary.py",),
     "packing": ("test_packing.py",),
     "perturbation": ("test_perturbation.py",),

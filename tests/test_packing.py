@@ -587,11 +587,11 @@ def test_kernels_refuse_rows_outside():
     gather, scatter = torch.ops.mmfast.gather_rows.default, torch.ops.mmfast.scatter_rows.default
     x, index = torch.zeros(4, 8), torch.tensor([0, 9])
     with pytest.raises(ValueError, match=r"index\[1\] is 9, but x has 8 rows"):
-        gather([x, x], index, 0.0)
+        gather([x, x], index, 0.0, "cpu")
     with pytest.raises(ValueError, match=r"index\[1\] is 9, but the output has 5 rows"):
-        scatter(x[:2], index, [2, 3])
+        scatter(x[:2], index, [2, 3], "cpu")
     with pytest.raises(ValueError, match="x and out have different rows"):
-        gather([x, torch.zeros(4, 7)], torch.tensor([0, 5]), 0.0)
+        gather([x, torch.zeros(4, 7)], torch.tensor([0, 5]), 0.0, "cpu")
     part = torch.zeros(2, dtype=torch.uint8)
     for source, modality, message in (
         ([0, 2], part, r"source\[1\] is 2, outside part a"),
@@ -599,7 +599,7 @@ def test_kernels_refuse_rows_outside():
         ([0, 1], part + 1, r"modality\[0\] is 1; expected less than 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            _pack([x[:2]], torch.tensor(source), modality, None, None, [], [0, 0], ["a"], 0, None, None, 0.0)
+            _pack([x[:2]], torch.tensor(source), modality, None, None, [], [0, 0], ["a"], 0, None, None, 0.0, "cpu")
 
 
 @needs_cpu

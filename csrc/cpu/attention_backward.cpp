@@ -172,8 +172,8 @@ struct Backward {
     const Rows<T> k = rows_of<T>(p.k, k0 + key, head_k), v = rows_of<T>(p.v, k0 + key, head_k);
     for (int r = 0; r < rows; r += kPanel) {
       const int width = rows - r < kPanel ? rows - r : kPanel, groups = int(round_up(width, kGroup)) / kGroup;
-      transposed_scores(k, v, w.keys_t + r * units, groups, n, w.p, scale.product);
-      transposed_scores(v, k, w.values_t + r * units, groups, n, w.ds, p.scale);
+      multiply_in_place<Units>(k, v, p.dim, w.keys_t + r * units, groups, n, scale.product, w.p);
+      multiply_in_place<Units>(v, k, p.dim, w.values_t + r * units, groups, n, p.scale, w.ds);
       if (r == 0)
         pack_rows_of<Units, T>([&](int64_t i) { return k.data + i * k.stride; }, n, p.dim,
                                kScores / Units::kPack, w.keys);
@@ -191,22 +191,6 @@ struct Backward {
     }
     write_keys(p.dk, w.dk, key, n);
     write_keys(p.dv, w.dv, key, n);
-  }
-
-  // out [n][64] = factor * a b; the rows of a that follow, and the same rows of next, are fetched meanwhile.
-  void transposed_scores(const Rows<T>& a, const Rows<T>& next, const Unit* b, int groups, int n, float* out,
-                         float factor) {
-    const Epilogue e{Store::set, factor, nullptr};
-    const int height = tall_rows(groups);
-    for (int j = 0; j < n; j += height) {
-      for (int i = j; i < j + height; ++i) {
-        prefetch_row(a.data + (i + 2 * height) * a.stride, p.dim);
-        prefetch_row(next.data + i * next.stride, p.dim);
-      }
-      multiply_tall<Units>(n - j < height ? n - j : height, groups,
-                           reinterpret_cast<const Unit*>(a.data + j * a.stride), a.stride / Units::kPack, 1,
-                           b, units, out + j * kPanel, kPanel, e);
-    }
   }
 
   // Scores and dp of the queries of one vector become p and ds: rows of units, and for bfloat16 ds by pairs

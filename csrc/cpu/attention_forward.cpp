@@ -209,10 +209,11 @@ struct Forward {
     const int64_t step = chunks ? round_up((keys + chunks - 1) / chunks, Units::kPack) : 0;
     for (int64_t key = 0; key < keys; key += step) {
       const int n = int(keys - key < step ? keys - key : step);
-      const Rows<T> v = rows_of<T>(p.v, k0 + key, head_k);
+      const Rows<T> k = rows_of<T>(p.k, k0 + key, head_k), v = rows_of<T>(p.v, k0 + key, head_k);
       for (int r = 0; r < rows; r += kPanel) {
         const int width = rows - r < kPanel ? rows - r : kPanel;
-        transposed_scores(w.keys + r * units, int(round_up(width, kGroup)) / kGroup, key, n, v);
+        multiply_in_place<Units>(k, v, p.dim, w.keys + r * units, int(round_up(width, kGroup)) / kGroup, n,
+                                 scale.product, w.scores);
         if (r == 0)
           pack_rows_of<Units, T>([&](int64_t i) { return v.data + i * v.stride; }, n, p.dim,
                                  capacity / Units::kPack, w.values);
@@ -228,23 +229,6 @@ struct Forward {
       }
     }
     finish(0, rows);
-  }
-
-  // Scores of n keys and one panel of queries; the keys that follow, and the same keys' values, are fetched
-  // meanwhile.
-  void transposed_scores(const Unit* queries, int groups, int64_t key, int n, const Rows<T>& v) {
-    const Rows<T> k = rows_of<T>(p.k, k0 + key, head_k);
-    const Epilogue scaled{Store::set, scale.product, nullptr};
-    const int height = tall_rows(groups);
-    for (int j = 0; j < n; j += height) {
-      for (int i = j; i < j + height; ++i) {
-        prefetch_row(k.data + (i + 2 * height) * k.stride, p.dim);
-        prefetch_row(v.data + i * v.stride, p.dim);
-      }
-      multiply_tall<Units>(n - j < height ? n - j : height, groups,
-                           reinterpret_cast<const Unit*>(k.data + j * k.stride), k.stride / Units::kPack, 1,
-                           queries, units, w.scores + j * kPanel, kPanel, scaled);
-    }
   }
 
   // Replaces the scores of the queries of one vector by weights, as units of the next product.

@@ -373,6 +373,24 @@ MMFAST_INLINE float max_lanes(vf v) {
 #endif
 }
 
+// out [n][64] = factor * a b, a in place as it lies in memory; the rows of a that follow, and the same rows
+// of `next`, are fetched meanwhile.
+template <class Units, class T>
+void multiply_in_place(const Rows<T>& a, const Rows<T>& next, int64_t dim, const typename Units::Unit* b,
+                       int groups, int n, float factor, float* out) {
+  const Epilogue e{Store::set, factor, nullptr};
+  const int height = tall_rows(groups);
+  for (int j = 0; j < n; j += height) {
+    for (int i = j; i < j + height; ++i) {
+      prefetch_row(a.data + (i + 2 * height) * a.stride, dim);
+      prefetch_row(next.data + i * next.stride, dim);
+    }
+    multiply_tall<Units>(n - j < height ? n - j : height, groups,
+                         reinterpret_cast<const typename Units::Unit*>(a.data + j * a.stride),
+                         a.stride / Units::kPack, 1, b, dim / Units::kPack, out + j * kPanel, kPanel, e);
+  }
+}
+
 template <class T>
 MMFAST_INLINE Rows<T> rows_of(const HeadsView& x, int64_t row, int64_t head) {
   return {static_cast<const T*>(x.data) + row * x.row + head * x.head, x.row};
