@@ -18,6 +18,7 @@ def interleaved(
     seconds: float = 2.0,
     rounds: tuple[int, int] = (5, 101),
     clock: Callable[[], float] = time.perf_counter,
+    timer: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each function, one number per round; in every round each has its turn, in a seeded order.
 
@@ -26,20 +27,25 @@ def interleaved(
         seconds: aim for the whole measurement.
         rounds: never fewer and never more than these.
         clock: `time.process_time` on a shared machine with one thread.
+        timer: runs a function once and returns its seconds (`mmfast.testing.gpu.clock`); then `clock` is not used.
     """
+
+    def sample(function, calls):
+        return timer(function) if timer else _sample(function, calls, clock)
+
     calls, cost = {}, 0.0
     for name, function in functions.items():
-        once = _sample(function, 1, clock)
+        once = sample(function, 1)
         if once < 10 * SAMPLE:  # the first call of a quick one tells little
-            once = _sample(function, 1, clock)
-        calls[name] = max(1, round(SAMPLE / max(once, 1e-7)))
+            once = sample(function, 1)
+        calls[name] = 1 if timer else max(1, round(SAMPLE / max(once, 1e-7)))
         cost += once * calls[name]
     count = min(max(int(seconds / cost), rounds[0]), rounds[1])
     times: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(count):
         # Who comes next finds the caches as its predecessor left them.
         for name in random.Random(i).sample(sorted(functions), len(functions)):
-            times[name].append(_sample(functions[name], calls[name], clock))
+            times[name].append(sample(functions[name], calls[name]))
     return times
 
 

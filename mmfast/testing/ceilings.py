@@ -1,7 +1,8 @@
 """What this machine can do: the ceilings that cases are held to, timed beside them in every round.
 
-arithmetic: multiply-adds on registers, in the dtype of the case. memory: a copy of as many bytes as the case must move,
-of which as many go into fresh memory (`clone`) as the case allocates, the others into memory that is there (`copy_`).
+arithmetic: multiply-adds on registers, in the dtype of the case; on a GPU a large matrix product. memory: a copy of as
+many bytes as the case must move, of which as many go into fresh memory (`clone`) as the case allocates, the others into
+memory that is there (`copy_`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from mmfast import _native
 from mmfast.testing.bench import interleaved
 from mmfast.testing.cases import Case, Contest
+from mmfast.testing.gpu.clock import Timer
 
 SECONDS = 4e-3  # of one arithmetic measurement
 
@@ -29,6 +31,10 @@ def ceiling_of(case: Case, contest: Contest, device: torch.device) -> tuple[str,
         rounds = _rounds(bf16)
         run = lambda: _native.cpu().multiply_adds(bf16, rounds)  # noqa: E731
         return f"multiply-adds {case.dtype_name}", run(), run
+    if case.ceiling == "arithmetic" and device.type == "cuda":
+        size = 4096 if case.dtype == torch.float32 else 8192
+        a, b = (torch.randn(size, size, device=device).to(case.dtype) for _ in range(2))
+        return f"torch matmul {case.dtype_name}, {size}", 2 * size**3, lambda: a @ b
     return None
 
 
@@ -54,6 +60,13 @@ def _rounds(bf16: bool) -> int:
         if passed > SECONDS / 4:
             return max(1, int(rounds * SECONDS / passed))
         rounds *= 4
+
+
+def large_copy(device: torch.device, nbytes: int = 2 << 30) -> dict[str, list[float]]:
+    """Bytes read and written per second by a copy on a GPU, one number per round."""
+    copy = _copy((), nbytes, device)
+    times = interleaved({"copy": copy}, seconds=0, rounds=(9, 9), timer=Timer(device))["copy"]
+    return {f"copy, {nbytes >> 30} GiB": [2 * nbytes / t for t in times]}
 
 
 def matrix_products(seconds: float = 0.5, size: int = 1024) -> dict[str, list[float]]:

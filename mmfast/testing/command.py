@@ -29,7 +29,12 @@ def bench(suite: str, out: str, *, quick: bool, only: Sequence[str], threads: in
 
     begin = time.monotonic()
     device = "cuda" if suite == "gpu" else "cpu"
-    chosen = cases.choose(only, quick)
+    available = None
+    if suite == "gpu":
+        from mmfast.testing.gpu.cases import all_cases
+
+        available = all_cases()
+    chosen = cases.choose(only, quick, available)
     effort = cases.QUICK if quick else cases.Effort()
     result = cases.run(chosen, effort, only=only, quick=quick, device=device)
     (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")

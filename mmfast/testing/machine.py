@@ -26,7 +26,8 @@ def describe() -> dict:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "instruction set": _native.cpu().isa() if _native.cpu_refusal is None else None,
-        },
+        }
+        | ({"gpu": gpu()} if torch.cuda.is_available() else {}),
         "versions": {
             "mmfast": mmfast.__version__,
             "torch": torch.__version__,
@@ -34,6 +35,12 @@ def describe() -> dict:
         },
         "commit": commit(),
     }
+
+
+def gpu() -> str:
+    """Name, multiprocessors and memory of the current GPU."""
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{found.name}, {found.multi_processor_count} multiprocessors, {found.total_memory >> 30} GiB"
 
 
 def processor() -> str:

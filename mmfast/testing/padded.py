@@ -28,6 +28,10 @@ class Padded(NamedTuple):
     mask: Tensor  # bool [b, L], True where a token is real
     full: bool  # nothing is padded
 
+    def to(self, device: torch.device | str) -> Padded:
+        """The same on another device."""
+        return Padded(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+
 
 def partition(lengths: Tensor, parts: int | None) -> list[Tensor]:
     """Samples in `parts` groups of similar length; 1: as they come; None: every sample alone, absent ones left out."""
@@ -109,7 +113,7 @@ class PaddedModel(nn.Module):
     def _tokens_image(encoder, part: Padded) -> Tensor:
         grid = part.values.shape[-1] // REGION_STRIDE
         tokens = encoder.stem(part.values.flatten(0, 1)).unflatten(0, (part.values.shape[0], -1))
-        places = torch.cartesian_prod(torch.arange(grid), torch.arange(grid))
+        places = torch.cartesian_prod(*[torch.arange(grid, device=part.values.device)] * 2)
         positions = (part.extra[:, :, None] * grid + places).flatten(1, 2)
         row, column = positions.clamp(max=encoder.row.shape[0] - 1).unbind(-1)
         return tokens + (encoder.row[row] + encoder.column[column]).to(tokens.dtype)
@@ -117,7 +121,7 @@ class PaddedModel(nn.Module):
     @staticmethod
     def _tokens_text(encoder, part: Padded) -> Tensor:
         tokens = embedding_bag(part.values, encoder.embedding, part.extra, mode="sum")
-        place = torch.arange(part.mask.shape[1]).clamp(max=encoder.place.shape[0] - 1)
+        place = torch.arange(part.mask.shape[1], device=part.mask.device).clamp(max=encoder.place.shape[0] - 1)
         return tokens.view(*part.mask.shape, -1) + encoder.place[place]
 
     @staticmethod
@@ -145,8 +149,8 @@ class PaddedModel(nn.Module):
 def _rotate(x: Tensor, base: float) -> Tensor:
     """Rotary position embedding in the half-split form. Source: Su et al. 2021, equation 34."""
     half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * frequency
+    on = {"dtype": torch.float64, "device": x.device}
+    angle = torch.arange(x.shape[-2], **on)[:, None] * base ** (-torch.arange(half, **on) / half)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -16,6 +16,8 @@ def duration(seconds: float) -> str:
 
 def rate(value: float, unit: str) -> str:
     giga = value / 1e9
+    if giga >= 1e4 or (giga >= 1e3 and unit == "B/s"):
+        return f"{giga / 1e3:.0f} T{unit}" if giga >= 1e5 else f"{giga / 1e3:.3g} T{unit}"
     return f"{giga:.0f} G{unit}" if giga >= 100 else f"{giga:.3g} G{unit}"
 
 
@@ -32,7 +34,7 @@ def line(row: dict) -> str:
     text = f"{head} {duration(row['seconds']['mmfast']):>8}"
     text += f" {rate(row['rate'], row['unit']):>12}" if row["rate"] and row["op"] != "call" else " " * 13
     share = row["ceiling"] and f"{row['share']:4.0%} of {row['ceiling']['name']}"
-    text += f"  {share or '':26}"
+    text += f"  {share or '':26}{host(row)}"
     text += "  " + ", ".join(f"{name} {ratio(r)}" for name, r in row["ratios"].items())
     return text + (f"  (spread {row['spread']['mmfast']:.0%})" if row["spread"]["mmfast"] > 0.1 else "")
 
@@ -58,13 +60,19 @@ def losses(result: dict) -> list[str]:
     """The end of the report: what is wrong, what is slower than a peer, what stays far from the ceiling."""
     rows = result["cases"]
     lines = [f"WRONG, not timed: {row['name']}: {row['failed']}" for row in rows if "failed" in row]
+    wrong = [f"peer not timed, {row['name']}: {name} is {why}" for row in rows for name, why in wrong_peers(row)]
     slower = lost(rows)
+    lines += wrong
     lines += [f"slower than {row['best_peer']}, {ratio(row['best_ratio'])}: {row['name']}" for row in slower]
     if not slower:
         lines.append("slower than a peer: no case")
     shares = sorted((row for row in rows if row.get("ceiling")), key=lambda row: row["share"])
     lines += [f"{row['share']:.0%} of {row['ceiling']['name']}: {row['name']}" for row in shares[:5]]
     return lines + [f"measured while the machine was busy, do not trust: {name}" for name in busy(result)]
+
+
+def wrong_peers(row: dict) -> list[tuple[str, str]]:
+    return [(name, why) for name, why in row.get("refused", {}).items() if why.startswith("wrong: ")]
 
 
 def busy(result: dict) -> list[str]:
@@ -85,13 +93,19 @@ def markdown(result: dict) -> str:
     """The whole result, to be pasted: one table for each op, losing ratios in bold."""
     where = result["machine"]
     text = [
+        *([where["gpu"], ""] if result["suite"] == "cuda" else []),
         f"{where['processor']}, {where['cores']} cores, {where['threads']} threads, "
         f"{where['instruction set'] or 'no compiled kernels'}; torch {result['versions']['torch']}, "
         f"mmfast {result['versions']['mmfast']}{' at ' + result['commit'] if result['commit'] else ''}, "
         f"{result['date'][:10]}; `{command(result)}`.",
         "",
         "Medians of interleaved rounds. A cell: time; rate and share of the ceiling measured beside it; how many times",
-        "as long each peer takes. Where a row does not speak of new pages, the allocator keeps and reuses memory.",
+        "as long each peer takes. "
+        + (
+            "Seconds are the device's, by events, with a cold cache and without gaps between launches."
+            if result["suite"] == "cuda"
+            else "Where a row does not speak of new pages, the allocator keeps and reuses memory."
+        ),
     ]
     rows = result["cases"]
     for op in dict.fromkeys(row["op"] for row in rows):
@@ -110,9 +124,12 @@ def markdown(result: dict) -> str:
 
 
 def command(result: dict) -> str:
+    if "command" in result:
+        return result["command"]
     only = ["--only", *(f"'{name}'" if " " in name else name for name in result["only"])] if result["only"] else []
     quick = ["--quick"] if result["quick"] else []
-    return " ".join(["mmfast bench", *quick, *only, "--threads", str(result["machine"]["threads"])])
+    suite = ["--suite", "gpu"] if result["suite"] == "cuda" else []
+    return " ".join(["mmfast bench", *suite, *quick, *only, "--threads", str(result["machine"]["threads"])])
 
 
 def table(op: str, rows: Sequence[dict]) -> list[str]:
@@ -134,7 +151,13 @@ def cell(row: dict) -> str:
     if row["ceiling"]:
         parts.append(f"{rate(row['rate'], row['unit'])} {row['share']:.0%}")
     peers = ", ".join(f"{name} {ratio(r, bold=True)}" for name, r in row["ratios"].items())
-    return "; ".join(parts + [peers] * bool(peers))
+    return "; ".join(parts + [peers] * bool(peers)) + host(row)
+
+
+def host(row: dict) -> str:
+    """Where the host needs longer to queue a run than the GPU to do it, that is what a single call costs."""
+    queued = row.get("host_seconds", {}).get("mmfast", 0.0)
+    return f"; queued in {duration(queued)}" if queued > row["seconds"]["mmfast"] else ""
 
 
 def scaling(rows: Sequence[dict]) -> list[str]:

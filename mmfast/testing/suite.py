@@ -12,7 +12,8 @@ import torch
 
 from mmfast.testing import cases, ceilings, machine, memory
 from mmfast.testing.bench import interleaved, set_allocator
-from mmfast.testing.cases import Case
+from mmfast.testing.cases import Case, Contest, WrongPeer
+from mmfast.testing.gpu.clock import timer_of
 
 CEILING = "ceiling"
 
@@ -46,27 +47,33 @@ def choose(only: Sequence[str] = (), quick: bool = False, available: Iterable[Ca
     return [case for case in fitting if case.quick or not quick]
 
 
+def head(case: Case) -> dict:
+    """How a row begins."""
+    names = ("name", "op", "workload", "measured")
+    return {name: getattr(case, name) for name in names} | {"dtype": case.dtype_name}
+
+
 def run_case(case: Case, effort: Effort, device: torch.device) -> dict:
     """One row of the results; with "failed" instead of times where ours is wrong."""
-    row = {
-        "name": case.name,
-        "op": case.op,
-        "workload": case.workload,
-        "measured": case.measured,
-        "dtype": case.dtype_name,
-    }
+    row = head(case)
     set_allocator(case.new_pages)
+    timer = timer_of(device)
+    if timer:  # what a compiled peer of an earlier case left behind would count towards its limit of compilations
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
     contest = case.make(device)
     refused = {}
     for name, peer in list(contest.peers.items()):
         try:
             peer()
+            if timer:
+                torch.cuda.synchronize(device)
         except Exception as error:  # a peer's failure is a finding, not ours
-            refused[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            refused[name] = refusal(error)
             del contest.peers[name]
     row["refused"] = refused
     try:
-        contest.check()
+        check(contest, refused)
     except AssertionError as error:
         return {**row, "failed": str(error)}
     ways: dict[str, Callable[[], object]] = {"mmfast": contest.ours, **contest.peers}
@@ -76,7 +83,7 @@ def run_case(case: Case, effort: Effort, device: torch.device) -> dict:
     gc.collect()
     gc.disable()
     try:
-        times = interleaved(ways, seconds=effort.seconds, rounds=effort.rounds)
+        times = interleaved(ways, seconds=effort.seconds, rounds=effort.rounds, timer=timer)
     finally:
         gc.enable()
     limit = times.pop(CEILING, None)
@@ -87,6 +94,8 @@ def run_case(case: Case, effort: Effort, device: torch.device) -> dict:
     row |= {"work": contest.work, "unit": "B/s" if case.ceiling == "memory" else "FLOP/s"}
     row["rate"] = contest.work / seconds["mmfast"] if contest.work else None
     row["spread"] = {name: _spread(t) for name, t in times.items()}
+    if timer:
+        row["host_seconds"] = {name: timer.host[way] for name, way in ways.items() if name != CEILING}
     row["ceiling"] = None
     if ceiling:
         name, work, _ = ceiling
@@ -95,6 +104,21 @@ def run_case(case: Case, effort: Effort, device: torch.device) -> dict:
         row["share"] = row["rate"] / row["ceiling"]["rate"]
         times[CEILING] = limit
     return {**row, "rounds": times}
+
+
+def refusal(error: Exception) -> str:
+    """Why a peer does not run, on one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')[:200]}"
+
+
+def check(contest: Contest, refused: dict[str, str]) -> None:
+    """Raises AssertionError where ours is wrong; a wrong peer is taken out of the contest, and is not timed."""
+    while True:
+        try:
+            return contest.check()
+        except WrongPeer as error:
+            refused[error.peer] = f"wrong: {error}"
+            del contest.peers[error.peer]
 
 
 def _spread(times: Sequence[float]) -> float:
@@ -111,8 +135,16 @@ def run(
     quick: bool = False,
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
+    fits: Callable[[str], bool] = lambda name: True,
+    keep: Callable[[dict], None] = lambda row: None,
 ) -> dict:
-    """All chosen cases; returns the whole result, ready for JSON."""
+    """All chosen cases that fit; returns the whole result, ready for JSON.
+
+    Args:
+        say: gets one line for each case.
+        fits: whether there is time for the case of this name.
+        keep: gets each row as soon as it is there.
+    """
     from mmfast.testing.report import line
 
     device = torch.device(device)
@@ -121,15 +153,24 @@ def run(
     products: dict[str, list[float]] = {}
 
     def measure_products():
-        for name, rates in ceilings.matrix_products(effort.seconds / 4).items():
+        found = ceilings.matrix_products(effort.seconds / 4) if device.type == "cpu" else ceilings.large_copy(device)
+        for name, rates in found.items():
             products.setdefault(name, []).extend(rates)
 
     rows = []
     with progress(len(chosen), say) as tell:
         for i, case in enumerate(sorted(chosen, key=lambda case: not case.new_pages)):
+            if not fits(case.name):
+                continue
             if i % 25 == 0:
                 measure_products()
-            rows.append(run_case(case, effort, device))
+            try:
+                rows.append(run_case(case, effort, device))
+            except Exception as error:
+                if device.type == "cpu":
+                    raise
+                rows.append(head(case) | {"failed": refusal(error)})  # out of memory, say; a GPU's hour is not lost
+            keep(rows[-1])
             tell(line(rows[-1]))
         measure_products()
     place = {case.name: i for i, case in enumerate(chosen)}

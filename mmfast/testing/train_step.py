@@ -150,7 +150,7 @@ class Learner(nn.Module):
         for norm in norms:
             norm.momentum = None
         with torch.no_grad():
-            self.model(inputs)
+            self.model({name: x.to(self.classifier.weight.device) for name, x in inputs.items()})
         for norm in norms:
             norm.eval()
 
@@ -162,13 +162,13 @@ class Learner(nn.Module):
         for name in ("image", "audio"):
             rows = here[name].nonzero()[:, 0]
             logits = scale * vectors[name][rows] @ vectors["text"][rows].T
-            target = torch.arange(rows.shape[0])
+            target = torch.arange(rows.shape[0], device=rows.device)
             total = total + (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
         return total
 
 
 class Contender:
-    """One way to run the step: `step(i)` trains on batch i and returns the loss."""
+    """One way to run the step, where the learner is: `step(i)` trains on batch i and returns the loss."""
 
     def __init__(self, learner: Learner, batches: list, parts: int | None = 0, attention: str = "", bf16: bool = False):
         self.learner, self.bf16 = copy.deepcopy(learner), bf16
@@ -177,16 +177,22 @@ class Contender:
         self.warmup = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda i: min(1, (i + 1) / 1000))
         self.packed = parts == 0
         self.peer = None if self.packed else PaddedModel(self.learner.model, attention)
+        self.device = next(self.learner.parameters()).device
         self.batches = []
         for inputs, labels in batches:
             here = {name: x.lengths > 0 for name, x in inputs.items()}
             ours = inputs if self.packed else {name: pad_input(x, parts) for name, x in inputs.items()}
-            self.batches.append((ours, here, labels))
+            ours = {
+                name: x.to(self.device) if self.packed else [part.to(self.device) for part in x]
+                for name, x in ours.items()
+            }
+            here = {name: x.to(self.device) for name, x in here.items()}
+            self.batches.append((ours, here, labels.to(self.device)))
 
     def step(self, i: int) -> float:
         inputs, here, labels = self.batches[i % len(self.batches)]
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             pooled = self.learner.model(inputs) if self.packed else self.peer(inputs, labels.shape[0])
             loss = self.learner.loss(pooled, here, labels)
         loss.backward()
@@ -252,15 +258,21 @@ def run(
     steps: int = 32,
     bf16: Sequence[bool] = (False,),
     quick: bool = False,
+    device: torch.device | str = "cpu",
+    learner: Callable[[], Learner] = Learner,
+    tolerance: float = 1e-5,
 ) -> list[dict]:
-    """The whole comparison, for float32 or bfloat16 autocast or both; the losses are compared once, in float32."""
+    """The whole comparison, for float32 or bfloat16 autocast or both; the losses are compared once, in float32.
+
+    Each step reads its loss, so that the host's clock is right on a GPU too.
+    """
     torch.manual_seed(0)
     if quick:
         samples, rounds = min(samples, 8), 3
     batches = make_batches(lengths, samples, 2 if quick else 4)
-    learner = Learner()
+    learner = learner().to(device)
     learner.fix_statistics(batches[0][0])
-    agreement = check_agreement(contenders(batches, learner), steps)
+    agreement = check_agreement(contenders(batches, learner), steps, tolerance)
     results = []
     for autocast in bf16:
         ways = {name: _steps(way) for name, way in contenders(batches, learner, bf16=autocast).items()}

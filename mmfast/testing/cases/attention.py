@@ -6,8 +6,9 @@ form (padded, or packed and split in the loop), with masks made beforehand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -63,8 +64,14 @@ def cases(small: bool = False) -> list[Case]:
 
 
 def contest(
-    load: Callable[[], Workload], dtype: torch.dtype, backward: bool, names: Sequence[str], device="cpu"
+    load: Callable[[], Workload],
+    dtype: torch.dtype,
+    backward: bool,
+    names: Sequence[str],
+    device="cpu",
+    builders: Mapping[str, Callable] = MappingProxyType({}),
 ) -> Contest:
+    """Ours beside the named peers, which `PEERS` or `builders` make (see PEERS)."""
     load = load()
     packed = load.tensors(dtype)
     seen = rows_that_see(load)
@@ -75,7 +82,7 @@ def contest(
     def ours(q, k, v):
         return mmfast.attention(q, k, v, *layouts, load.mask)
 
-    ways = {name: PEERS[name](load, packed) for name in names}
+    ways = {name: {**PEERS, **builders}[name](load, packed) for name in names}
     peers = {name: step(function, inputs, backward) for name, (function, inputs, _) in ways.items()}
     run = step(ours, leaves(packed), backward)
 

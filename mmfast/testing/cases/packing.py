@@ -50,7 +50,7 @@ def batch(dtype: torch.dtype, lengths: str, samples: int, dim: int, device):
     return parts, *pack_layout(parts, None)
 
 
-def pack_contest(dtype, norm, lengths, backward, samples, dim, device="cpu") -> Contest:
+def pack_contest(dtype, norm, lengths, backward, samples, dim, device="cpu", compiled=False) -> Contest:
     parts, layout, place = batch(dtype, lengths, samples, dim, device)
     g = torch.Generator().manual_seed(1)
     sizes = [(2, dim), (257, dim), (129, dim), (dim,), *([(dim,)] if norm == NORMS[0] else [])]
@@ -77,7 +77,7 @@ def pack_contest(dtype, norm, lengths, backward, samples, dim, device="cpu") -> 
             layer_norm(x, (dim,), *norm_parameters) if norm == NORMS[0] else rms_norm(x, (dim,), *norm_parameters, 1e-6)
         )
 
-    ways = {"mmfast": ours, "torch chain": chain}
+    ways = {"mmfast": ours, "torch chain": chain, **compiled_peer(chain, compiled)}
     return contest(ways, chain, inputs, grad, backward, passes=3 if backward else 2)
 
 
@@ -92,6 +92,14 @@ def unpack_contest(dtype, lengths, backward, samples, dim, device="cpu") -> Cont
         "torch indexing": lambda x: [x[r] for r in rows],
     }
     return contest(ways, ways["torch indexing"], [x], grads, backward, passes=2)
+
+
+def compiled_peer(chain, wanted: bool) -> dict:
+    """The chain through torch.compile, whose backward pass may be repeated."""
+    if not wanted:
+        return {}
+    torch._functorch.config.donated_buffer = False
+    return {"torch.compile": torch.compile(chain, dynamic=False)}
 
 
 def contest(ways: dict, formula, inputs, grad, backward: bool, passes: int) -> Contest:

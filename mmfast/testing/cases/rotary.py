@@ -13,7 +13,7 @@ from torch.nn.functional import rms_norm
 
 import mmfast
 from mmfast.testing.cases import DTYPES, Case, Contest
-from mmfast.testing.cases.packing import contest
+from mmfast.testing.cases.packing import compiled_peer, contest
 
 SECTIONS = {"1 axis": None, "3 axes": (8, 12, 12)}
 
@@ -34,7 +34,7 @@ def cases(small: bool = False) -> list[Case]:
     return [case for case in found if "equal" not in case.workload or "1 axis;" in case.workload]
 
 
-def rotary_contest(dtype, norm, axes, lengths, backward, samples, longest, device="cpu") -> Contest:
+def rotary_contest(dtype, norm, axes, lengths, backward, samples, longest, device="cpu", compiled=False) -> Contest:
     heads, kv_heads, dim = 12, 4, 64
     g = torch.Generator().manual_seed(0)
     counts = torch.randint(longest // 16, longest, (samples,), generator=g)
@@ -72,4 +72,5 @@ def rotary_contest(dtype, norm, axes, lengths, backward, samples, longest, devic
         return out
 
     passes = 3 if norm and backward else 2
-    return contest({"mmfast": ours, "rotate_half": chain}, chain, inputs, grads, backward, passes)
+    ways = {"mmfast": ours, "rotate_half": chain, **compiled_peer(chain, compiled)}
+    return contest(ways, chain, inputs, grads, backward, passes)
