@@ -88,13 +88,20 @@ def build(folder: Path) -> Path:
 
 def verdicts(tree: Path, ops: list[str]) -> dict[str, str]:
     """Runs the tests under every mutant of `ops`: its name -> the first test that failed, "" where none did."""
-    command = [sys.executable, str(tree / "tests/mutants.py"), "--run", *ops]
+    workers = min(os.cpu_count() or 1, 4)
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        raise RuntimeError(f"mutants: the run failed\n{done.stdout[-4000:]}")
-    return json.loads(lines[-1])
+    runs = []
+    for worker in range(workers):
+        command = [sys.executable, str(tree / "tests/mutants.py"), "--run", f"{worker}/{workers}", *ops]
+        runs.append(subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True))
+    found = {}
+    for run in runs:
+        output, _ = run.communicate()
+        lines = [line for line in output.splitlines() if line.startswith("{")]
+        if run.returncode or not lines:
+            raise RuntimeError(f"mutants: the run failed\n{output[-4000:]}")
+        found |= json.loads(lines[-1])
+    return found
 
 
 class _FirstFailure:
@@ -105,7 +112,8 @@ class _FirstFailure:
             self.name = report.nodeid
 
 
-def _run(ops: list[str]) -> None:
+def _run(share: str, ops: list[str]) -> None:
+    """Every n-th mutant from the i-th on, for a share of "i/n"."""
     import pytest
 
     from mmfast import _native
@@ -113,10 +121,11 @@ def _run(ops: list[str]) -> None:
     library = ctypes.CDLL(_native.cpu().__file__)
     options = ["-x", "-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-m", "not slow"]
     found = {}
+    first_one, step = map(int, share.split("/"))
     for op in ops:
         files = [f"tests/{name}" for name in TESTS[op]]
         chosen = [(0, "unchanged")] + [(i, m[2]) for i, m in enumerate(MUTANTS, start=1) if m[0] == op]
-        for number, what in chosen:
+        for number, what in chosen[first_one::step]:
             library.mmfast_set_mutant(number)
             first = _FirstFailure()
             pytest.main([*options, *files], plugins=[first])
@@ -129,7 +138,7 @@ def main(arguments: list[str]) -> None:
     import tempfile
 
     if arguments[:1] == ["--run"]:
-        return _run(arguments[1:])
+        return _run(arguments[1], arguments[2:])
     with tempfile.TemporaryDirectory() as folder:
         for name, test in verdicts(build(Path(folder)), arguments or list(TESTS)).items():
             print(f"{name:60} {test or 'SURVIVED'}")

@@ -582,6 +582,14 @@ def test_errors(call, message):
 
 
 @needs_cpu
+def test_rows_are_gathered_from_several_parts():
+    parts = [torch.randn(n, 5) for n in (3, 0, 4, 1)]
+    index = torch.tensor([7, 0, 3, 2, 6, -1, 4, 1, 5, 2])
+    wanted = torch.cat(parts)[index] * (index >= 0)[:, None]
+    assert torch.equal(torch.ops.mmfast.gather_rows.default(parts, index, 0.0, "cpu"), wanted)
+
+
+@needs_cpu
 def test_kernels_refuse_rows_outside():
     """What would read or write out of bounds is refused below the public functions too."""
     gather, scatter = torch.ops.mmfast.gather_rows.default, torch.ops.mmfast.scatter_rows.default
