@@ -118,6 +118,14 @@ class Layout:
     # Constructors
 
     @classmethod
+    def unchecked(cls, cu_seqlens: Tensor, **fields) -> Layout:
+        """The layout of fields that are known to fit, whose checks would take longer than building them."""
+        layout = object.__new__(cls)
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        layout.__dict__.update(defaults, cu_seqlens=cu_seqlens, **fields)
+        return layout
+
+    @classmethod
     def from_lengths(
         cls, lengths: Sequence[int] | Tensor, *, name: str | None = None, device: torch.device | str | None = None
     ) -> Layout:

@@ -633,6 +633,15 @@ def test_order_errors(order, message):
         pack(parts, order=Order.from_lists(order, ["a", "b"]))
 
 
+def test_order_whose_samples_leave_items_out():
+    order = Order.from_lists([[("a", 0), ("b", 0)], [("b", 1)]], ["a", "b"])
+    parts = {"a": part(), "b": part(lengths=(2, 2))}
+    for samples, total in (([2, 0], 2), ([2, 2], 4), ([-1, 4], 3)):
+        wrong = order._replace(samples=torch.tensor(samples, dtype=torch.int32))
+        with pytest.raises(ValueError, match=f"order.samples add up to {total}; expected 3"):
+            pack(parts, order=wrong)
+
+
 def test_exports():
     for name in ("Part", "Order", "pack", "unpack", "to_padded", "from_padded", "LayerNorm", "RMSNorm"):
         assert name in mmfast.__all__ and hasattr(mmfast, name)

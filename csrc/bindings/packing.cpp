@@ -122,6 +122,74 @@ PackParams shared_params(const char* op, const PackArguments& a, DType dtype, in
   return p;
 }
 
+// Fills the layout of a packed batch: each item of `order` (samples, part, item), or by default item b of
+// every part in sample b. False where the arguments do not fit together, so that the caller explains it.
+bool pack_layout(const std::vector<TensorView>& lengths, const std::vector<int64_t>& sizes,
+                 const TensorView& samples, const TensorView& part, const TensorView& item,
+                 const TensorView& cu_seqlens, const TensorView& source, const TensorView& place,
+                 const TensorView& modality, const TensorView& slot) {
+  const char* op = "pack";
+  const int64_t parts = int64_t(lengths.size()), batch = cu_seqlens.size[0] - 1, rows = source.size[0];
+  check_vector(op, "cu_seqlens", cu_seqlens, DType::i32, batch + 1);
+  check_vector(op, "source", source, DType::i64, rows);
+  check_vector(op, "place", place, DType::i32, rows);
+  check_vector(op, "modality", modality, DType::u8, rows);
+  check_vector(op, "slot", slot, DType::i32, rows);
+  // Row of the concatenated parts at which an item begins, for all items behind each other.
+  std::vector<int64_t> begin{0}, first_item{0};
+  for (int64_t p = 0; p < parts; ++p) {
+    const TensorView& mine = lengths[p];
+    check_vector(op, "item_lengths", mine, mine.dtype == DType::i32 ? DType::i32 : DType::i64, mine.size[0]);
+    const int64_t first = begin.back();
+    for (int64_t i = 0; i < mine.size[0]; ++i) {
+      const int64_t n = mine.dtype == DType::i32 ? mine.ptr<int32_t>()[i] : mine.ptr<int64_t>()[i];
+      if (n < 0 || n > sizes[p]) return false;
+      begin.push_back(begin.back() + n);
+    }
+    if (begin.back() - first != sizes[p]) return false;
+    first_item.push_back(int64_t(begin.size()) - 1);
+  }
+  const int64_t items = first_item.back();
+  if (begin.back() != rows) return false;
+  int64_t row = 0, slots = 0;
+  auto add = [&](int64_t p, int64_t i) {
+    const int64_t from = begin[first_item[p] + i], n = begin[first_item[p] + i + 1] - from;
+    for (int64_t k = 0; k < n; ++k, ++row) {
+      source.ptr<int64_t>()[row] = from + k;
+      place.ptr<int32_t>()[row] = int32_t(k);
+      modality.ptr<uint8_t>()[row] = uint8_t(p);
+      slot.ptr<int32_t>()[row] = int32_t(slots);
+    }
+    ++slots;
+  };
+  cu_seqlens.ptr<int32_t>()[0] = 0;
+  if (!samples.present()) {
+    for (int64_t p = 0; p < parts; ++p)
+      if (lengths[p].size[0] != batch) return false;
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t p = 0; p < parts; ++p) add(p, b);
+      cu_seqlens.ptr<int32_t>()[b + 1] = int32_t(row);
+    }
+    return true;
+  }
+  check_vector(op, "order.samples", samples, DType::i32, batch);
+  check_vector(op, "order.part", part, DType::u8, items);
+  check_vector(op, "order.item", item, DType::i32, items);
+  std::vector<bool> used(size_t(items), false);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t n = samples.ptr<int32_t>()[b];
+    if (n < 0 || n > items - slots) return false;
+    for (const int64_t end = slots + n; slots < end;) {
+      const int64_t p = part.ptr<uint8_t>()[slots], i = item.ptr<int32_t>()[slots];
+      if (p >= parts || i < 0 || i >= lengths[p].size[0] || bool(used[first_item[p] + i])) return false;
+      used[first_item[p] + i] = true;
+      add(p, i);
+    }
+    cu_seqlens.ptr<int32_t>()[b + 1] = int32_t(row);
+  }
+  return slots == items;
+}
+
 void pack_forward_binding(const std::vector<TensorView>& tokens, const PackArguments& a, double eps,
                           const TensorView& x, const TensorView& mean, const TensorView& rstd) {
   const char* op = "pack";
@@ -335,6 +403,7 @@ void bind_packing(py::module_& m) {
               dx, tokens, {source, modality, position, type, weight, bias, tables, table_first, names, norm},
               mean, rstd, dtokens, dtype_embedding, dtables, dweight, dbias, sizes);
         });
+  m.def("pack_layout", &pack_layout);
   m.def("gather_rows", &gather_binding);
   m.def("scatter_rows", &scatter_binding);
 }

@@ -45,6 +45,24 @@ MMFAST_INLINE void put(bf16* p, vf v) {
   store(p, v);
 }
 
+// Four vectors behind each other.
+template <bool kStream, typename T>
+MMFAST_INLINE void put_four(T* p, const vf* v) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == 2) {
+    for (int k = 0; k < 4; k += 2) {
+      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)v[k + 1], (__m512)v[k]);
+      if constexpr (kStream)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(p + k * kLanes), (__m512i)both);
+      else
+        std::memcpy(p + k * kLanes, &both, sizeof both);
+    }
+    return;
+  }
+#endif
+  for (int k = 0; k < 4; ++k) put<kStream>(p + k * kLanes, v[k]);
+}
+
 // Before other threads read what was streamed.
 MMFAST_INLINE void stream_fence() {
 #if defined(__AVX2__)
@@ -55,7 +73,7 @@ MMFAST_INLINE void stream_fence() {
 // Rows are cut into a number of chunks that depends on the batch only, so that sums over rows do not depend
 // on the number of threads.
 constexpr int64_t kMaxChunks = 64;
-constexpr int64_t kRowsPerChunk = 128;
+constexpr int64_t kRowsPerChunk = 32;
 
 MMFAST_INLINE int64_t chunks_of(int64_t rows) {
   const int64_t chunks = (rows + kRowsPerChunk - 1) / kRowsPerChunk;

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mmfast import _native
 from mmfast.layout import MAX_MODALITIES, Layout
 
 
@@ -122,28 +123,63 @@ def check_parts(parts: Mapping[str, Part]) -> None:
 
 
 def pack_layout(parts: Mapping[str, Part], order: Order | None) -> tuple[Layout, Tensor]:
-    """The layout of the packed batch, and each row's place in its item, int64 `[T]`."""
+    """The layout of the packed batch, and each row's place in its item, int32 `[T]`."""
     names = tuple(parts)
     sizes = tuple(part.tokens.shape[0] for part in parts.values())
-    total, device = sum(sizes), next(iter(parts.values())).tokens.device
-    lengths = [torch.as_tensor(part.item_lengths, dtype=torch.int64, device=device) for part in parts.values()]
+    device = next(iter(parts.values())).tokens.device
+    lengths = [torch.as_tensor(part.item_lengths, device=device) for part in parts.values()]
     counts = [x.shape[0] for x in lengths]
-    check = checks_values(device)
-    if check:
-        _check_lengths(names, sizes, lengths)
+    if order is not None:
+        _check_order(counts, order, device)
+    elif any(n != counts[0] for n in counts):  # a set would fix the numbers under torch.compile
+        got = ", ".join(f"{name} {n}" for name, n in zip(names, counts))
+        raise ValueError(
+            f"pack: without order= every part must have one item per sample (length 0: missing), got {got}"
+        )
+    rows = _rows_cpu(lengths, sizes, order)
+    make = Layout if rows is None else Layout.unchecked
+    if rows is None:
+        lengths = [x.to(torch.int64) for x in lengths]
+        if checks_values(device):
+            _check_values(names, sizes, lengths, order)
+        rows = _rows_torch(lengths, sum(sizes), order)
+    cu_seqlens, source, place, modality, item = rows
+    position = _positions(parts, source, modality, place)
+    layout = make(cu_seqlens, modality=modality, position=position, item=item, source=source, names=names, sizes=sizes)
+    return layout, place
+
+
+def _rows_cpu(lengths: Sequence[Tensor], sizes: Sequence[int], order: Order | None) -> tuple[Tensor, ...] | None:
+    """cu_seqlens, and per row source, place, modality and item in one compiled pass.
+
+    None where it cannot run or values do not fit together.
+    """
+    tensors = (*lengths, *(order or ()))
+    if _native.cpu_refusal is not None or torch.compiler.is_compiling():
+        return None
+    if not all(type(t) is Tensor and t.is_cpu for t in tensors):
+        return None
+    batch = lengths[0].shape[0] if order is None else order.samples.shape[0]
+    shapes = (
+        (batch + 1, torch.int32),
+        *((sum(sizes), d) for d in (torch.int64, torch.int32, torch.uint8, torch.int32)),
+    )
+    rows = tuple(torch.empty(n, dtype=dtype) for n, dtype in shapes)
+    lengths = [(x if x.dtype == torch.int32 else x.to(torch.int64)).contiguous() for x in lengths]
+    orders = (None, None, None) if order is None else tuple(t.contiguous() for t in order)
+    return rows if _native.cpu().pack_layout(lengths, sizes, *orders, *rows) else None
+
+
+def _rows_torch(lengths: Sequence[Tensor], total: int, order: Order | None) -> tuple[Tensor, ...]:
+    """The same as `_rows_cpu` in torch, on any device, without waiting for it."""
+    counts, device = [x.shape[0] for x in lengths], lengths[0].device
     if order is None:
         # Slot b * P + p of the packed batch is item b of part p.
-        if any(n != counts[0] for n in counts):  # a set would fix the numbers under torch.compile
-            got = ", ".join(f"{name} {n}" for name, n in zip(names, counts))
-            raise ValueError(
-                f"pack: without order= every part must have one item per sample (length 0: missing), got {got}"
-            )
-        batch, slots = counts[0], counts[0] * len(names)
-        slot = torch.arange(slots, device=device).view(len(names), batch).t().flatten()
-        part = torch.arange(len(names), dtype=torch.uint8, device=device).repeat(batch)
-        ends = torch.arange(batch + 1, device=device) * len(names)
+        batch, parts = counts[0], len(counts)
+        slot = torch.arange(batch * parts, device=device).view(parts, batch).t().flatten()
+        part = torch.arange(parts, dtype=torch.uint8, device=device).repeat(batch)
+        ends = torch.arange(batch + 1, device=device) * parts
     else:
-        _check_order(names, counts, order, device, check)
         part = order.part
         first = _constants([0, *counts[:-1]], device).cumsum(0)
         slot = first[part.long()] + order.item
@@ -157,17 +193,8 @@ def pack_layout(parts: Mapping[str, Part], order: Order | None) -> tuple[Layout,
     rows = torch.arange(total, device=device)
     source = rows + (item_first[slot] - slot_ends[:-1])[row_slot]
     place = rows - slot_ends[row_slot]
-    modality = part[row_slot]
-    layout = Layout(
-        slot_ends[ends].to(torch.int32),
-        modality=modality,
-        position=_positions(parts, source, modality, place),
-        item=row_slot.to(torch.int32),
-        source=source,
-        names=names,
-        sizes=sizes,
-    )
-    return layout, place
+    cu_seqlens = slot_ends[ends].to(torch.int32)
+    return cu_seqlens, source, place.to(torch.int32), part[row_slot], row_slot.to(torch.int32)
 
 
 def _positions(parts: Mapping[str, Part], source: Tensor, modality: Tensor, place: Tensor) -> Tensor | None:
@@ -184,21 +211,11 @@ def _positions(parts: Mapping[str, Part], source: Tensor, modality: Tensor, plac
     position = torch.cat(concatenated)[source]
     if all(given):
         return position
-    own = pad(place.to(torch.int32)[:, None], (0, axes - 1))
+    own = pad(place[:, None], (0, axes - 1))
     return torch.where(_constants(given, source.device)[modality.long()][:, None], position, own)
 
 
-def _check_lengths(names: Sequence[str], sizes: Sequence[int], lengths: Sequence[Tensor]) -> None:
-    for name, size, mine in zip(names, sizes, lengths):
-        if mine.numel() and int(mine.min()) < 0:
-            raise ValueError(f"pack: item_lengths of {name!r} holds {int(mine.min())}; expected 0 or more")
-        if int(mine.sum()) != size:
-            raise ValueError(
-                f"pack: item_lengths of {name!r} add up to {int(mine.sum())}, but its tokens have {size} rows"
-            )
-
-
-def _check_order(names: Sequence[str], counts: Sequence[int], order: Order, device: torch.device, check: bool) -> None:
+def _check_order(counts: Sequence[int], order: Order, device: torch.device) -> None:
     slots = order.part.shape[0] if order.part.dim() == 1 else -1
     for field, dtype in (("samples", torch.int32), ("part", torch.uint8), ("item", torch.int32)):
         value = getattr(order, field)
@@ -212,8 +229,22 @@ def _check_order(names: Sequence[str], counts: Sequence[int], order: Order, devi
             f"pack: order names {slots} parts and {order.item.shape[0]} items; expected the {sum(counts)} items "
             "of the parts, each once"
         )
-    if not check:
-        return
+
+
+def _check_values(names: Sequence[str], sizes: Sequence[int], lengths: Sequence[Tensor], order: Order | None) -> None:
+    for name, size, mine in zip(names, sizes, lengths):
+        if mine.numel() and int(mine.min()) < 0:
+            raise ValueError(f"pack: item_lengths of {name!r} holds {int(mine.min())}; expected 0 or more")
+        if int(mine.sum()) != size:
+            raise ValueError(
+                f"pack: item_lengths of {name!r} add up to {int(mine.sum())}, but its tokens have {size} rows"
+            )
+    if order is not None:
+        _check_items(names, [x.shape[0] for x in lengths], order)
+
+
+def _check_items(names: Sequence[str], counts: Sequence[int], order: Order) -> None:
+    slots, device = order.part.shape[0], order.part.device
     if (order.samples.numel() and int(order.samples.min()) < 0) or int(order.samples.sum()) != slots:
         raise ValueError(f"pack: order.samples add up to {int(order.samples.sum())}; expected {slots}")
     if not slots:

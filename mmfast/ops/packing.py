@@ -94,7 +94,7 @@ def pack(
     layout, item_position = pack_layout(parts, order)
     position = layout.position
     if position is None and any(tables):
-        position = item_position[:, None].to(torch.int32)
+        position = item_position[:, None]
     axes = 0 if position is None else position.shape[1]
     for name, mine in zip(names, tables):
         if len(mine) > axes:

@@ -1,0 +1,395 @@
+// Gradients of packing. With y = (s - mean) rstd and g = dx weight, s being a row's sum before the norm:
+//   ds = (g - avg(g) - y avg(g y)) rstd;  dweight = sum of dx y;  dbias = sum of dx;
+//   ds goes to the row's token, and is summed over the rows of a type, and over those of a table's position.
+// Rows are visited by part and by position on the first axis, so that the sum of a table's row stays in the
+// first-level cache, and the batch is read once. Further axes read it once more each.
+#include <omp.h>
+
+#include "cpu/packing_sums.h"
+
+namespace mmfast {
+namespace MMFAST_ISA {
+namespace {
+
+MMFAST_INLINE void add_to(float* p, vf v) {
+  store(p, load(p) + v);
+}
+
+// Rows by bucket, in each in their order. A bucket is a position on the first axis of a part that has a
+// table, or else a part.
+class Buckets {
+ public:
+  explicit Buckets(const PackParams& p) : p_(p) {
+    for (int m = 0; m < p.parts; ++m) {
+      first_[m] = count_;
+      count_ += p.part[m].tables ? p.part[m].table_rows[0] : 1;
+    }
+    begin_ = new int64_t[count_ + 2]();
+    order_ = new int64_t[p.rows];
+    // begin_[n + 1] moves from the beginning of bucket n to its end.
+    for (int64_t t = 0; t < p.rows; ++t) ++begin_[of(t) + 2];
+    for (int64_t n = 0; n < count_; ++n) begin_[n + 2] += begin_[n + 1];
+    for (int64_t t = 0; t < p.rows; ++t) order_[begin_[of(t) + 1]++] = t;
+  }
+  Buckets(const Buckets&) = delete;
+  ~Buckets() {
+    delete[] begin_;
+    delete[] order_;
+  }
+
+  int64_t of(int64_t t) const {
+    const int m = p_.modality[t];
+    return first_[m] + (p_.part[m].tables ? p_.position[t * p_.axes] : 0);
+  }
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t n) const { return begin_[n]; }
+  int64_t row(int64_t i) const { return order_[i]; }
+  int part(int64_t n) const {
+    int m = 0;
+    while (m + 1 < p_.parts && first_[m + 1] <= n) ++m;
+    return m;
+  }
+  // The bucket's row of its part's table.
+  int64_t table_row(int64_t n, int m) const { return n - first_[m]; }
+
+ private:
+  const PackParams& p_;
+  int64_t first_[PackParams::kMaxParts], count_ = 0;
+  int64_t *begin_, *order_;
+};
+
+// Sums of one chunk of rows, each null where it is not wanted. `before` is of a bucket that began in an
+// earlier chunk, `after` of one that began in this chunk and goes on in the next.
+struct Partials {
+  float *weight, *bias, *type, *before, *after;
+};
+
+// Writes the sum of a bucket to its row of the table.
+template <typename P>
+MMFAST_INLINE void write_table(const PackParams& p, const Buckets& buckets, int64_t bucket,
+                               const float* sum) {
+  const int m = buckets.part(bucket);
+  if (!p.part[m].tables || !p.part[m].dtable[0]) return;
+  P* out = static_cast<P*>(p.part[m].dtable[0]) + buckets.table_row(bucket, m) * p.dim;
+  for_each_vector(p.dim,
+                  [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { set<false>(out + i, load(sum + i), n); });
+}
+
+// A row passes two stages: the averages over its columns, its gradient. One loop does them for two
+// neighbours.
+template <typename T, typename P, bool kStream>
+class Backward {
+ public:
+  // averages [rows, 2]: of g and of g y, kept for the tables of further axes, or null.
+  Backward(const PackParams& p, const Constants& c, const Buckets& buckets, float* averages, float* scratch)
+      : p_(p), c_(c), buckets_(buckets), averages_(averages), scratch_(scratch) {}
+
+  static int64_t scratch_size(int64_t dim) { return 5 * padded(dim); }
+
+  // Rows [begin, end) of the buckets' order.
+  void run(int64_t begin, int64_t end, const Partials& partial) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (p_.norm == Norm::none) {
+        const T* dx = gradient(buckets_.row(i));
+        Second(*this, i).write_all(p_.dim,
+                                   [&](int64_t j, int n) MMFAST_INLINE_LAMBDA { return get(dx + j, n); });
+      } else {
+        add(i, begin, end, partial);
+        if (i > begin) close(i - 1, begin, end, partial);
+        if (i + 1 < end) continue;
+        const Second last(*this, i);
+        last.write_all(p_.dim, [&](int64_t j, int) MMFAST_INLINE_LAMBDA { return last.at(j); });
+      }
+      close(i, begin, end, partial);
+    }
+  }
+
+ private:
+  const PackParams& p_;
+  const Constants& c_;
+  const Buckets& buckets_;
+  float *averages_,
+      *scratch_;  // scratch: y and g of two rows, and the sum of a bucket, zero where one begins
+  float average_g_[2], average_gy_[2];
+
+  float* scratch(int64_t i) const { return scratch_ + i % 2 * 2 * c_.stride; }
+  float* sum() const { return scratch_ + 4 * c_.stride; }
+  const T* gradient(int64_t t) const { return static_cast<const T*>(p_.x) + t * p_.x_stride; }
+
+  // The second stage of the row at place i.
+  struct Second {
+    T* out = nullptr;
+    float* sum = nullptr;
+    const float *y, *g;
+    float average_g = 0, average_gy = 0, rstd = 0;
+
+    __attribute__((always_inline)) Second(const Backward& rows, int64_t i) {
+      const PackParams& p = rows.p_;
+      const int64_t t = rows.buckets_.row(i);
+      const PackPart& part = p.part[p.modality[t]];
+      if (part.dtokens) out = static_cast<T*>(part.dtokens) + (p.source[t] - part.first) * p.dim;
+      if (p.dtype_embedding || (part.tables && part.dtable[0])) sum = rows.sum();
+      y = rows.scratch(i);
+      g = y + rows.c_.stride;
+      if (p.norm == Norm::none) return;
+      average_g = rows.average_g_[i % 2];
+      average_gy = rows.average_gy_[i % 2];
+      rstd = p.rstd[t];
+    }
+    __attribute__((always_inline)) vf at(int64_t j) const {
+      return (load(g + j) - average_g - load(y + j) * average_gy) * rstd;
+    }
+    template <typename N, typename Value>
+    __attribute__((always_inline)) void write(N count, int64_t j, int n, Value value) const {
+      vf v[count.value];
+      for (int k = 0; k < count.value; ++k) v[k] = value(j + k * kLanes, n);
+      if (out)
+        for (int k = 0; k < count.value; ++k) set<kStream>(out + j + k * kLanes, v[k], n);
+      if (sum)
+        for (int k = 0; k < count.value; ++k) add_to(sum + j + k * kLanes, v[k]);
+    }
+    // All columns.
+    template <typename Value>
+    __attribute__((always_inline)) void write_all(int64_t dim, Value value) const {
+      if (!out && !sum) return;
+      int64_t j = 0;
+      for (; j + 4 * kLanes <= dim; j += 4 * kLanes) write(Count<4>(), j, kLanes, value);
+      for (; j < dim; j += kLanes) write(Count<1>(), j, dim - j < kLanes ? int(dim - j) : kLanes, value);
+    }
+  };
+
+  // The first stage of the row at place i and the second of the one before.
+  void add(int64_t i, int64_t begin, int64_t end, const Partials& partial) {
+    const int64_t t = buckets_.row(i);
+    float *y = scratch(i), *g = y + c_.stride;
+    float *dweight = partial.weight, *dbias = partial.bias;
+    const float* weight = c_.weight;
+    const float rstd = p_.rstd[t], mean = p_.norm == Norm::layer ? p_.mean[t] : 0.0f;
+    const T* dx = gradient(t);
+    const int64_t next = buckets_.row(row_ahead(i, end, p_.dim * int64_t(sizeof(T))));
+    const Row<T, P> ahead(p_, c_, next);
+    const T* dx_ahead = gradient(next);
+    Second second(*this, i > begin ? i - 1 : i);
+    if (i == begin) second.out = nullptr, second.sum = nullptr;
+    const bool wanted = second.out || second.sum;
+    Four sum_g, sum_gy;
+    Row<T, P>(p_, c_, t).for_each_sum(
+        0, p_.dim, ahead, [&](auto count, int64_t j, int n, const vf* v) MMFAST_INLINE_LAMBDA {
+          if (count.value == 4) prefetch(dx_ahead + j);
+          vf normed[count.value], d[count.value];
+          for (int k = 0; k < count.value; ++k) {
+            const int64_t c = j + k * kLanes;
+            normed[k] = (v[k] - mean) * rstd;
+            d[k] = get(dx + c, n);
+            const vf scaled = d[k] * load(weight + c);
+            store(y + c, normed[k]);
+            store(g + c, scaled);
+            sum_g.v[k] += scaled;
+            sum_gy.v[k] += scaled * normed[k];
+          }
+          if (dweight)
+            for (int k = 0; k < count.value; ++k) add_to(dweight + j + k * kLanes, d[k] * normed[k]);
+          if (dbias)
+            for (int k = 0; k < count.value; ++k) add_to(dbias + j + k * kLanes, d[k]);
+          if (wanted)
+            second.write(count, j, n, [&](int64_t c, int) MMFAST_INLINE_LAMBDA { return second.at(c); });
+        });
+    const float average_g = p_.norm == Norm::layer ? sum_g.total() / float(p_.dim) : 0.0f;
+    const float average_gy = sum_gy.total() / float(p_.dim);
+    average_g_[i % 2] = average_g;
+    average_gy_[i % 2] = average_gy;
+    if (averages_) averages_[2 * t] = average_g, averages_[2 * t + 1] = average_gy;
+  }
+
+  // After the row at place i has its gradient: where it is the last of its bucket in [begin, end), hands on
+  // the sum.
+  void close(int64_t i, int64_t begin, int64_t end, const Partials& partial) {
+    const int64_t bucket = buckets_.of(buckets_.row(i));
+    if (i + 1 < end && i + 1 < buckets_.begin(bucket + 1)) return;
+    float* sum = this->sum();
+    if (partial.type) {
+      float* type = partial.type + buckets_.part(bucket) * c_.stride;
+      for_each_vector(c_.stride,
+                      [&](int64_t j, int) MMFAST_INLINE_LAMBDA { add_to(type + j, load(sum + j)); });
+    }
+    const bool before = buckets_.begin(bucket)<begin, after = buckets_.begin(bucket + 1)> end;
+    if (before || after)
+      std::memcpy(before ? partial.before : partial.after, sum, size_t(c_.stride) * sizeof(float));
+    else
+      write_table<P>(p_, buckets_, bucket, sum);
+    std::memset(sum, 0, size_t(c_.stride) * sizeof(float));
+  }
+};
+
+// Adds the chunks' partial sums in order: columns are shared by threads.
+template <typename P>
+void reduce(const float* partials, int64_t chunk_stride, int64_t chunks, void* out, int64_t dim,
+            int threads) {
+  P* result = static_cast<P*>(out);
+  const int64_t vectors = (dim + kLanes - 1) / kLanes;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t i = v * kLanes;
+    const int n = dim - i < kLanes ? int(dim - i) : kLanes;
+    vf total = splat(0);
+    for (int64_t c = 0; c < chunks; ++c) total += load(partials + c * chunk_stride + i);
+    set<false>(result + i, total, n);
+  }
+}
+
+constexpr int64_t kColumns = 256;
+
+// Adds columns [first, first + width) of a row's gradient before the norm to total, computed again in
+// float32.
+template <typename T, typename P>
+void add_gradient(const PackParams& p, const Constants& c, const float* averages, int64_t t, int64_t first,
+                  int64_t width, int64_t next, float* total) {
+  const T* dx = static_cast<const T*>(p.x) + t * p.x_stride;
+  const T* dx_ahead = static_cast<const T*>(p.x) + next * p.x_stride;
+  if (p.norm == Norm::none) {
+    for_each_vector(
+        width, [=](int64_t i, int n) MMFAST_INLINE_LAMBDA { add_to(total + i, get(dx + first + i, n)); });
+    return;
+  }
+  const float rstd = p.rstd[t], mean = p.norm == Norm::layer ? p.mean[t] : 0.0f;
+  const float average_g = averages[2 * t], average_gy = averages[2 * t + 1];
+  const float* weight = c.weight;
+  Row<T, P>(p, c, t).for_each_sum(first, first + width, Row<T, P>(p, c, next),
+                                  [=](auto count, int64_t i, int n, const vf* v) MMFAST_INLINE_LAMBDA {
+                                    if (count.value == 4) prefetch(dx_ahead + i);
+                                    for (int k = 0; k < count.value; ++k) {
+                                      const int64_t j = i + k * kLanes;
+                                      const vf g = get(dx + j, n) * load(weight + j);
+                                      add_to(total + (j - first),
+                                             (g - average_g - (v[k] - mean) * rstd * average_gy) * rstd);
+                                    }
+                                  });
+}
+
+// Gradient of the table of a further axis: rows are bucketed by position (stable), then each table row adds
+// its own rows in order. Blocks of columns give work to all threads where a table is short.
+template <typename T, typename P>
+void table_backward(const PackParams& p, const Constants& c, const float* averages, int which, int axis) {
+  const PackPart& part = p.part[which];
+  const int64_t size = part.table_rows[axis], dim = p.dim;
+  int64_t* end = new int64_t[size + 1]();
+  int64_t* member = new int64_t[part.rows];
+  for (int64_t t = 0; t < p.rows; ++t)
+    if (p.modality[t] == which) ++end[p.position[t * p.axes + axis] + 1];
+  for (int64_t n = 0; n < size; ++n) end[n + 1] += end[n];
+  // end[n] is the beginning of bucket n, and moves to its end.
+  for (int64_t t = 0; t < p.rows; ++t)
+    if (p.modality[t] == which) member[end[p.position[t * p.axes + axis]]++] = t;
+  P* out = static_cast<P*>(part.dtable[axis]);
+  const int64_t blocks = (dim + kColumns - 1) / kColumns;
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic, 8)
+  for (int64_t task = 0; task < size * blocks; ++task) {
+    const int64_t n = task / blocks, first = task % blocks * kColumns;
+    const int64_t width = dim - first < kColumns ? dim - first : kColumns;
+    float total[kColumns] = {};
+    for (int64_t m = n ? end[n - 1] : 0; m < end[n]; ++m) {
+      const int64_t next = member[row_ahead(m, part.rows, width * int64_t(sizeof(T)))];
+      add_gradient<T, P>(p, c, averages, member[m], first, width, next, total);
+    }
+    for_each_vector(width, [&](int64_t i, int k) MMFAST_INLINE_LAMBDA {
+      set<false>(out + n * dim + first + i, load(total + i), k);
+    });
+  }
+  delete[] member;
+  delete[] end;
+}
+
+// Table rows of buckets that no row or more than one chunk has. Partials of chunk c, `before` and then
+// `after`, begin at edges + c * chunk_stride.
+template <typename P>
+void finish_tables(const PackParams& p, const Buckets& buckets, float* edges, int64_t chunk_stride,
+                   int64_t chunks, int64_t stride) {
+  auto chunk_end = [&](int64_t c) { return p.rows * (c + 1) / chunks; };
+  float* zeros = allocate(stride);
+  std::memset(zeros, 0, size_t(stride) * sizeof(float));
+  int64_t chunk = 0;
+  for (int64_t n = 0; n < buckets.count(); ++n) {
+    const int64_t begin = buckets.begin(n), end = buckets.begin(n + 1);
+    if (begin == end) write_table<P>(p, buckets, n, zeros);
+    if (begin == end) continue;
+    while (chunk_end(chunk) <= begin) ++chunk;
+    if (end <= chunk_end(chunk)) continue;
+    float* total = edges + chunk * chunk_stride + stride;
+    while (chunk_end(chunk) < end) {
+      const float* more = edges + ++chunk * chunk_stride;
+      for_each_vector(stride,
+                      [&](int64_t i, int) MMFAST_INLINE_LAMBDA { add_to(total + i, load(more + i)); });
+    }
+    write_table<P>(p, buckets, n, total);
+  }
+  release(zeros);
+}
+
+template <typename T, typename P, bool kStream>
+void backward(const PackParams& p) {
+  const Constants constants(p, static_cast<const P*>(nullptr));
+  const Buckets buckets(p);
+  const int64_t stride = constants.stride, chunks = chunks_of(p.rows);
+  bool first_axis = false, further_axes = false;
+  for (int m = 0; m < p.parts; ++m) {
+    for (int a = 0; a < p.part[m].tables; ++a)
+      if (p.part[m].dtable[a]) (a ? further_axes : first_axis) = true;
+  }
+  // Of each chunk: before and after, then weight, bias and types where they are wanted.
+  const bool want_weight = p.dweight, want_bias = p.dbias, want_type = p.dtype_embedding;
+  const int64_t bias_at = 2 + want_weight, type_at = bias_at + want_bias;
+  const int64_t chunk_stride = stride * (type_at + (want_type ? p.parts : 0));
+  const int64_t size = Backward<T, P, kStream>::scratch_size(p.dim);
+  float* partials = allocate(chunks * chunk_stride);
+  float* scratch = allocate(p.threads * size);
+  float* averages = further_axes && p.norm != Norm::none ? allocate(2 * p.rows + 1) : nullptr;
+#pragma omp parallel num_threads(p.threads)
+  {
+    float* mine = scratch + omp_get_thread_num() * size;
+    std::memset(mine, 0, size_t(size) * sizeof(float));
+    Backward<T, P, kStream> rows(p, constants, buckets, averages, mine);
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < chunks; ++c) {
+      float* base = partials + c * chunk_stride;
+      std::memset(base, 0, size_t(chunk_stride) * sizeof(float));
+      rows.run(p.rows * c / chunks, p.rows * (c + 1) / chunks,
+               {want_weight ? base + 2 * stride : nullptr, want_bias ? base + bias_at * stride : nullptr,
+                want_type ? base + type_at * stride : nullptr, base, base + stride});
+    }
+    if (kStream) stream_fence();
+  }
+  auto reduced = [&](int64_t at, void* out) {
+    reduce<P>(partials + at * stride, chunk_stride, chunks, out, p.dim, p.threads);
+  };
+  if (want_weight) reduced(2, p.dweight);
+  if (want_bias) reduced(bias_at, p.dbias);
+  for (int m = 0; want_type && m < p.parts; ++m)
+    reduced(type_at + m, static_cast<P*>(p.dtype_embedding) + m * p.dim);
+  if (first_axis) finish_tables<P>(p, buckets, partials, chunk_stride, chunks, stride);
+  release(scratch);
+  release(partials);
+  for (int m = 0; m < p.parts; ++m) {
+    for (int a = 1; a < p.part[m].tables; ++a)
+      if (p.part[m].dtable[a]) table_backward<T, P>(p, constants, averages, m, a);
+  }
+  if (averages) release(averages);
+}
+
+template <typename T, typename P>
+void backward(const PackParams& p) {
+  bool stream = p.stream;
+  for (int m = 0; m < p.parts; ++m)
+    stream = stream && can_stream(p.part[m].dtokens, p.dim * int64_t(sizeof(T)));
+  stream ? backward<T, P, true>(p) : backward<T, P, false>(p);
+}
+
+}  // namespace
+
+void pack_backward(const PackParams& p) {
+  if (p.dtype == DType::f32) return backward<float, float>(p);
+  if (p.param_dtype == DType::f32) return backward<bf16, float>(p);
+  backward<bf16, bf16>(p);
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast
