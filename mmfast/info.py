@@ -12,6 +12,7 @@ import torch
 
 import mmfast
 from mmfast import _native
+from mmfast.backends import flash_attn, xformers
 from mmfast.ops import _dispatch
 
 EXTRAS = {
@@ -64,6 +65,9 @@ def _backends() -> dict[str, str]:
         lines["cpu"] = f"refused: {_native.cpu_refusal}"
     lines["triton"] = _triton()
     lines["cuda"] = "not in this version of mmfast"
+    for name, peer in (("flash_attn", flash_attn), ("xformers", xformers)):
+        reason = peer.installed()
+        lines[name] = f"refused: {reason}" if reason else f'installed: attention with backend="{name}" on a GPU'
     lines["reference"] = "runs everywhere (plain PyTorch, slow)"
     if forced := os.environ.get("MMFAST_BACKEND"):
         lines["MMFAST_BACKEND"] = f"{forced} is forced for every op"
