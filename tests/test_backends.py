@@ -96,23 +96,25 @@ def random_case(seed, package):
             lengths_q, lengths_k = [*lengths_q, 0], [*lengths_k, 0]
     elif cross:
         lengths_q, lengths_k = ([0 if rng.random() < 0.2 else n for n in x] for x in (lengths_q, lengths_k))
-    before, after, shift = rng.randint(0, 3), rng.randint(0, 3), rng.randint(0, 5)
+    befores, after, shift = [rng.randint(0, 3) for _ in range(2)], rng.randint(0, 3), rng.randint(0, 5)
+    befores = befores if cross else befores[:1] * 2
 
-    def layout(lengths, start):
+    def layout(lengths, start, before):
         ends = torch.tensor([before, *lengths]).cumsum(0).int()
         longest = rng.choice([None, max(lengths)])
         return Layout(ends, start=torch.tensor(start).int(), max_seqlen=longest)
 
-    layout_k = layout(lengths_k, [shift] * len(lengths_k))
-    layout_q = layout(lengths_q, [shift + m - n for n, m in zip(lengths_q, lengths_k)]) if cross else layout_k
+    layout_q = layout_k = layout(lengths_k, [shift] * len(lengths_k), befores[1])
+    if cross:
+        layout_q = layout(lengths_q, [shift + m - n for n, m in zip(lengths_q, lengths_k)], befores[0])
     heads_k, dim = rng.choice([1, 2]), rng.choice([8, 32, 64])
     heads = heads_k * rng.choice([1, 3])
     generator = torch.Generator().manual_seed(seed)
-    rows_q, rows_k = (before + sum(x) + after for x in (lengths_q, lengths_k))
+    rows_q, rows_k = (before + sum(x) + after for before, x in zip(befores, (lengths_q, lengths_k)))
     shapes = [(rows_q, heads, dim), (rows_k, heads_k, dim), (rows_k, heads_k, dim), (rows_q, heads, dim)]
     dtype = rng.choice([torch.float16, torch.bfloat16])
     tensors = [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
-    for x in tensors:
+    for x, before in zip(tensors, (befores[0], befores[1], befores[1], befores[0])):
         x[:before] = x[x.shape[0] - after :] = torch.nan
     options = {} if rng.random() < 0.5 else {"softmax_scale": rng.uniform(0.05, 0.5)}
     lse = package != "xformers" and rng.random() < 0.5
@@ -293,6 +295,13 @@ def test_neither_is_chosen_by_itself(gpu):
     assert mmfast.attention(q, q, q, Layout.from_lengths([3])).shape == q.shape
     with pytest.raises(ValueError, match=r"'flash'; expected one of cpu, triton, .*flash_attn, xformers"):
         mmfast.attention(q, q, q, Layout.from_lengths([3]), backend="flash")
+
+
+def test_samples_that_are_empty_on_one_side_have_no_alignment():
+    layout_q = Layout(torch.tensor([0, 0, 2, 4]).int(), start=torch.tensor([9, 1, 5]).int())
+    layout_k = Layout(torch.tensor([0, 3, 6, 6]).int())
+    assert _masks.aligned(layout_q, layout_k) and _masks.aligned(layout_k, layout_q)
+    assert not _masks.aligned(dataclasses.replace(layout_q, start=layout_q.start + 1), layout_k)
 
 
 def test_numbers_are_read_once_until_they_change():
