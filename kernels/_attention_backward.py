@@ -409,12 +409,12 @@ def backward(
     if rows:
         config = configs.backward("dq", problem)
         configs.run(
-            "dq", problem, config,
+            "dq", problem, config, queries, keys,
             lambda c: run(_backward_dq, c, queries, keys, "BLOCK_M", "BLOCK_N", heads, (dq,)),
         )  # fmt: skip
     if rows_k:
         config = configs.backward("dkdv", problem)
         configs.run(
-            "dkdv", problem, config,
+            "dkdv", problem, config, queries, keys,
             lambda c: run(_backward_dkdv, c, keys, queries, "BLOCK_N", "BLOCK_M", heads_k, (dk, dv)),
         )  # fmt: skip

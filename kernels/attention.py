@@ -266,7 +266,7 @@ def forward(
                 **OPTIONS,
             )  # fmt: skip
 
-    configs.run("forward", problem, config, run)
+    configs.run("forward", problem, config, queries, keys, run, pack)
 
 
 def examples() -> list[Example]:
