@@ -73,6 +73,8 @@ def flash_attn_2(version="2.8.3"):
         assert deterministic and dropout_p == 0 and max_seqlen_q > 1  # with 1 it takes row b for sample b
         left, right = (None if side < 0 or side >= max_seqlen_k else side for side in window_size)
         right = 0 if causal else right
+        if left is not None and right is None:
+            right = max_seqlen_k
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         out, lse = _flash(q, k, v, *lengths, softmax_scale or q.shape[-1] ** -0.5, left, right, softcap)
         return (out, lse, None) if return_attn_probs else out

@@ -168,12 +168,14 @@ def test_a_table_of_one_rule(gpu, package):
 
 
 def test_what_flash_attention_2_takes_by_the_longest_sample(gpu):
-    """It drops a window to the right as wide as the longest keys, and with one query takes row b for sample b."""
+    """It drops a window to the right as wide as the longest keys, lets an unlimited one reach no farther,
+    and with one query takes row b for sample b."""
     install(gpu, "flash-attn 2")
     text, image = (Layout.from_lengths(lengths) for lengths in ([9, 4], [3, 2]))
     text = dataclasses.replace(text, start=torch.tensor([-6, -2]).int())
     q, k, v = (torch.randn(rows, 1, 8).half() for rows in (13, 5, 5))
-    check("flash_attn", [q, k, v], q.clone(), text, image, ModalityMask.full((-1, 4)), True)
+    for window in ((-1, 4), (2, -1)):
+        check("flash_attn", [q, k, v], q.clone(), text, image, ModalityMask.full(window), True)
     few, image = Layout.from_lengths([1, 0, 1]), Layout.from_lengths([2, 1, 2])
     check("flash_attn", [q[:2], k, v], q[:2].clone(), few, image, None, True)
 
@@ -276,14 +278,16 @@ def test_which_flash_attention_runs(gpu):
     recording("flash_attn")
     gpu.setitem(sys.modules, "flash_attn.cute", stand_ins.flash_attn_4())
     recording("flash_attn.cute")
-    for dim, major in ((128, 9), (256, 9), (64, 8), (64, 10)):
+    for dim, major, hip in ((128, 9, None), (256, 9, None), (64, 8, None), (64, 10, None), (64, 9, "7.0")):
         properties = types.SimpleNamespace(major=major, minor=0, name="Some GPU")
         gpu.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
+        gpu.setattr(torch.version, "hip", hip)
         mmfast.attention(*[torch.zeros(3, 1, dim).half()] * 3, layout, backend="flash_attn")
-    assert calls == ["flash_attn.cute", "flash_attn", "flash_attn", "flash_attn.cute"]
+    assert calls == ["flash_attn.cute", "flash_attn", "flash_attn", "flash_attn.cute", "flash_attn"]
+    gpu.setattr(torch.version, "hip", None)
     gpu.setitem(sys.modules, "flash_attn", None)
     forget()
-    refused("flash_attn", "D is 256; flash-attn-4 is used from sm_90 to sm_110, up to D = 128", dim=256)
+    refused("flash_attn", "D is 256; flash-attn-4 is used on NVIDIA GPUs from sm_90 to sm_110, up to D = 128", dim=256)
 
 
 def test_neither_is_chosen_by_itself(gpu):
@@ -332,6 +336,19 @@ def test_self_attention_reads_no_numbers(gpu, package):
 
 
 # Where the libraries are installed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("peer", [flash_attn, xformers], ids=["flash_attn", "xformers"])
+def test_the_library_itself(peer):
+    if reason := peer.installed():
+        pytest.skip(reason)
+    package = "xformers" if peer is xformers else "flash-attn 2"
+    for seed in range(40):
+        qkv, dout, layout_q, layout_k, mask, lse, options = random_case(seed, package)
+        moved = {id(layout): layout.to("cuda") for layout in (layout_q, layout_k)}
+        sides = (moved[id(layout)] for layout in (layout_q, layout_k))
+        check(peer.__name__.split(".")[-1], [x.cuda() for x in qkv], dout.cuda(), *sides, mask, lse, **options)
 
 
 @pytest.mark.parametrize("module, stand_in", [("flash_attn", "flash_attn_2"), ("flash_attn.cute", "flash_attn_4")])

@@ -65,7 +65,7 @@ def attention(
     name = next(name for name, reason in _refusals(q).items() if reason is None)
     left, right = _masks.window(mask, layout_q, layout_k)
     longest_q, longest_k = _longest(layout_q, rows_q), _longest(layout_k, rows_k)
-    if right > 0:  # the package drops a window as wide as the longest keys, whatever the queries are
+    if left >= 0 or right > 0:  # to flash-attn 2 the longest keys are as far as a window needs to reach to the right
         longest_k = max(longest_q, longest_k)
     unlimited = None if name == "flash_attn.cute" else -1
     inside_q, inside_k = _inside(layout_q, rows_q), _inside(layout_k, rows_k)
@@ -125,8 +125,8 @@ def _refusals(q: Tensor) -> dict[str, str | None]:
     reasons = {name: _import_refusal(name) for name in _NEEDED}
     if torch.version.hip is None and found.major < 8:
         return {name: reason or f"{gpu}; sm_80 or newer is needed" for name, reason in reasons.items()}
-    if found.major not in (9, 10, 11) or q.shape[2] > 128:
-        limits = "flash-attn-4 is used from sm_90 to sm_110, up to D = 128"
+    if torch.version.hip is not None or found.major not in (9, 10, 11) or q.shape[2] > 128:
+        limits = "flash-attn-4 is used on NVIDIA GPUs from sm_90 to sm_110, up to D = 128"
         reasons["flash_attn.cute"] = reasons["flash_attn.cute"] or f"{gpu} and D is {q.shape[2]}; {limits}"
     return reasons
 
