@@ -65,10 +65,10 @@ def _backends() -> dict[str, str]:
         lines["cpu"] = f"refused: {_native.cpu_refusal}"
     lines["triton"] = _triton()
     lines["cuda"] = "not in this version of mmfast"
+    lines["reference"] = "runs everywhere (plain PyTorch, slow)"
     for name, peer in (("flash_attn", flash_attn), ("xformers", xformers)):
         reason = peer.installed()
         lines[name] = f"refused: {reason}" if reason else f'installed: attention with backend="{name}" on a GPU'
-    lines["reference"] = "runs everywhere (plain PyTorch, slow)"
     if forced := os.environ.get("MMFAST_BACKEND"):
         lines["MMFAST_BACKEND"] = f"{forced} is forced for every op"
     return lines
