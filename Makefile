@@ -4,6 +4,7 @@
 #   make test             set-up, every test
 #   make check            format, lint, layering
 #   make bench [QUICK=1]  set-up, every op beside its peers, tables and picture in runs/bench
+#   make aot-old [QUICK=1]  compiles the Triton kernels ahead of time with the oldest Triton, and holds them to its budget
 #   make format           rewrites the sources in the project's style
 #   make asan             the CPU kernels' tests under AddressSanitizer and UBSan
 #   make clean            removes what was built; data and runs stay
@@ -16,7 +17,7 @@ unexport PYTHONPATH
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: demo test check bench format asan clean setup
+.PHONY: demo test check bench aot-old format asan clean setup
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -35,6 +36,19 @@ check: $(VENV)/.built
 	$(BIN)/ruff check .
 	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/python -m pytest tests/test_layering.py
+
+# The Triton of the oldest torch that is supported, in a folder that goes before the installed one.
+OLD_TRITON := build/triton-3.6
+
+$(OLD_TRITON): | $(VENV)/.environment
+	rm -rf $@ $@.part
+	$(PIP) install -q --no-deps --target $@.part triton==3.6.0
+	mv $@.part $@
+	touch $@
+
+aot-old: $(OLD_TRITON)
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m mmfast.testing.aot $(if $(QUICK),--quick) --target sm_80 sm_90 \
+	  --budget tests/aot_budget_triton_3.6.txt
 
 format: $(VENV)/.built
 	$(BIN)/ruff format .

@@ -15,21 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels import _attention_configs as configs
-from mmfast.kernels._attention_plan import (
-    EXTENT,
-    FIELDS,
-    OFFSET,
-    OTHER_BEGIN,
-    OTHER_END,
-    OTHER_POSITION,
-    POSITION,
-    ROW,
-    SAMPLE,
-    VALID,
-    Side,
-    mask_of,
-    plan,
-)
+from mmfast.kernels._attention_plan import Side, mask_of, plan
 from mmfast.kernels._attention_tiles import (
     LOG2E,
     Problem,
@@ -38,8 +24,10 @@ from mmfast.kernels._attention_tiles import (
     load_rows,
     other_rows,
     own_rows,
+    read_record,
     strides,
     tanh,
+    tile_of,
     visible,
     window_bounds,
     work_of,
@@ -130,30 +118,23 @@ def _backward_dq(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of queries, heads, parts); dq `[parts, Tq, H, D]`."""
-    tile = tl.program_id(0)
-    if order is not None:
-        tile = tl.load(order + tile)
-    record = records + tile.to(tl.int64) * FIELDS
-    extent = tl.load(record + EXTENT)
+    tile, record, extent = tile_of(records, order)
     if extent == 0:
         return
     head = tl.program_id(1)
     part = tl.program_id(2)
     row = tl.arange(0, BLOCK_M)
-    valid = tl.load(record + VALID)
+    valid, first, sample, offset, position, begin_k, end_k, position_k = read_record(record)
     exists = row < valid
-    first = tl.load(record + ROW).to(tl.int64)
     at = first + row
-    begin_k = tl.load(record + OTHER_BEGIN)
-    end_k = tl.load(record + OTHER_END)
-    sample = tl.load(record + SAMPLE)
-    row_in_sample = tl.load(record + OFFSET) + row
-    position = tl.load(record + POSITION) + row
-    position_k = tl.load(record + OTHER_POSITION)
+    row_in_sample = offset + row
+    position += row
     time, word = own_rows(words, time_q, first, row, position, exists, RULE)
     low, high = window_bounds(position, left, right, LEFT, RIGHT)
     keys = tl.where(valid > 0, end_k - begin_k, 0)
-    full, full_low, full_high, partial_low, partial_high = work_of(counts, tile, keys, part, parts, BLOCK_N, SPLIT)
+    front, back, full_low, full_high, partial_low, partial_high = work_of(
+        records, lists, counts, tile, keys, part, parts, capacity, BLOCK_N, SPLIT
+    )  # fmt: skip
 
     dims = tl.arange(0, BLOCK_D)
     inside = exists[:, None] & (dims < D)[None, :]
@@ -171,12 +152,6 @@ def _backward_dq(
     v_tile = columns * (stride_vt * 8) + dims[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     LISTED: tl.constexpr = counts is not None
-    if LISTED:
-        front = lists + tile.to(tl.int64) * capacity
-        back = front + capacity - 1
-    else:
-        front, back = records, records
-        partial_low, partial_high = partial_low + full, partial_high + full
     acc = _loop_keys(
         acc, query, dout, base, row_delta, k, v, k_tile, v_tile, step_k, step_v, dims, front, 1, full_low, full_high,
         begin_k, end_k, position_k, head, sample, row_in_sample, word, time, low, high, modality_k, time_k, seed, scale,
@@ -258,29 +233,21 @@ def _backward_dkdv(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of keys, key heads, parts); dk and dv `[parts, Tk, Hk, D]`."""
-    tile = tl.program_id(0)
-    if order is not None:
-        tile = tl.load(order + tile)
-    record = records + tile.to(tl.int64) * FIELDS
-    extent = tl.load(record + EXTENT)
+    tile, record, extent = tile_of(records, order)
     if extent == 0:
         return
     head_k = tl.program_id(1)
     part = tl.program_id(2)
     row = tl.arange(0, BLOCK_N)
-    valid = tl.load(record + VALID)
+    valid, first, sample, first_key, position, begin_q, end_q, position_q = read_record(record)
     exists = row < valid
-    first = tl.load(record + ROW).to(tl.int64)
     at = first + row
-    begin_q = tl.load(record + OTHER_BEGIN)
-    end_q = tl.load(record + OTHER_END)
-    sample = tl.load(record + SAMPLE)
-    first_key = tl.load(record + OFFSET)
-    position = tl.load(record + POSITION) + row
-    position_q = tl.load(record + OTHER_POSITION)
+    position += row
     t, word = own_rows(words, time_k, first, row, position, exists, RULE)
     queries = tl.where(valid > 0, end_q - begin_q, 0)
-    full, full_low, full_high, partial_low, partial_high = work_of(counts, tile, queries, part, parts, BLOCK_M, SPLIT)
+    front, back, full_low, full_high, partial_low, partial_high = work_of(
+        records, lists, counts, tile, queries, part, parts, capacity, BLOCK_M, SPLIT
+    )  # fmt: skip
 
     dims = tl.arange(0, BLOCK_D)
     inside = exists[:, None] & (dims < D)[None, :]
@@ -295,12 +262,6 @@ def _backward_dkdv(
     dkey = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     LISTED: tl.constexpr = counts is not None
-    if LISTED:
-        front = lists + tile.to(tl.int64) * capacity
-        back = front + capacity - 1
-    else:
-        front, back = records, records
-        partial_low, partial_high = partial_low + full, partial_high + full
     for member in range(GROUP):
         head = head_k * GROUP + member
         head64 = head.to(tl.int64)
@@ -409,12 +370,12 @@ def backward(
     if rows:
         config = configs.backward("dq", problem)
         configs.run(
-            "dq", problem, config,
+            "dq", problem, config, queries, keys,
             lambda c: run(_backward_dq, c, queries, keys, "BLOCK_M", "BLOCK_N", heads, (dq,)),
         )  # fmt: skip
     if rows_k:
         config = configs.backward("dkdv", problem)
         configs.run(
-            "dkdv", problem, config,
+            "dkdv", problem, config, queries, keys,
             lambda c: run(_backward_dkdv, c, keys, queries, "BLOCK_N", "BLOCK_M", heads_k, (dk, dv)),
         )  # fmt: skip

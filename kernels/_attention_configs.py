@@ -8,7 +8,7 @@ import torch
 
 from mmfast.kernels._attention_plan import Side
 from mmfast.kernels._attention_tiles import Problem
-from mmfast.kernels._common import INTERPRETED, Config, multiprocessors, tuned
+from mmfast.kernels._common import INTERPRETED, Config, fastest, multiprocessors, size_class
 
 # (BLOCK_M, BLOCK_N, warps, stages) by head dimension rounded up to 64, 128 or 256: of the forward pass, of dk and dv,
 # of dq. "mixed": for masks whose rules differ between modalities, where given. Chosen so that nothing spills (see
@@ -19,6 +19,11 @@ _HOPPER = {
     "dkdv": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
     "dkdv mixed": {64: (32, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
     "dq": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+}
+_BLACKWELL = {
+    **_HOPPER,
+    "forward": {**_HOPPER["forward"], 128: (128, 64, 8, 3)},
+    "dkdv mixed": {**_HOPPER["dkdv mixed"], 128: (32, 64, 8, 2)},
 }
 _AMPERE = {
     "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
@@ -33,7 +38,7 @@ _AMD = {
     "dq": {64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
 }
 _FLOAT32 = {
-    "forward": {64: (128, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
+    "forward": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
     "dkdv": {64: (32, 32, 8, 2), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
     "dq": {64: (32, 32, 8, 2), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
@@ -51,7 +56,9 @@ def _table(problem: Problem) -> dict:
     version = int(problem.architecture[3:])
     if version in (80, 87):
         return _AMPERE
-    return _HOPPER if 90 <= version < 120 else _LITTLE_SHARED_MEMORY
+    if version < 90 or version >= 120:
+        return _LITTLE_SHARED_MEMORY
+    return _HOPPER if version < 100 else _BLACKWELL
 
 
 def _choose(kernel: str, problem: Problem) -> Config:
@@ -98,13 +105,23 @@ def rows_per_program(block_d: int) -> int:
     return 2048 // block_d
 
 
-def run(kernel: str, problem: Problem, config: Config, launch: Callable[[Config], None]) -> None:
+def run(
+    kernel: str, problem: Problem, config: Config, queries: Side, keys: Side, launch: Callable[[Config], None], pack=1
+) -> None:
     """Launches with `config`, or with MMFAST_AUTOTUNE=1 with the fastest of several, found at the first call."""
-    candidates = [
-        config._replace(constants={"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
-        for m in (32, 64, 128)
-        for n in (32, 64, 128)
+    sizes = (side.rows for side in (queries, keys)), (side.rows // max(side.batch, 1) for side in (queries, keys))
+    key = ("attention", kernel, *problem, pack, *(size_class(*of) for of in sizes))
+    launch(fastest(key, config, lambda: candidates(problem, pack), launch))
+
+
+def candidates(problem: Problem, pack: int) -> list[Config]:
+    """Tiles that may fit: of at most 4096 scores where rows are long, and of whole groups of keys with dropout."""
+    most = 64 * 64 if problem.dim > 128 or problem.dtype == torch.float32 else 128 * 128
+    return [
+        Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
+        for m in ((16, 32) if pack > 1 else (32, 64, 128))
+        for n in ((64, 128) if problem.dropout_p > 0 else (32, 64, 128))
         for warps in (4, 8)
         for stages in (1, 2, 3)
+        if m * n <= most
     ]
-    tuned(("attention", kernel, *problem), config, candidates, launch)

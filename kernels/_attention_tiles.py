@@ -10,6 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmfast.kernels._attention_plan import (
+    EXTENT,
+    FIELDS,
+    OFFSET,
+    OTHER_BEGIN,
+    OTHER_END,
+    OTHER_POSITION,
+    POSITION,
+    ROW,
+    SAMPLE,
+    VALID,
+)
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -151,9 +164,32 @@ def other_rows(modality, time, first, lines, position, exists, RULE: tl.constexp
 
 
 @triton.jit
-def work_of(counts, tile, rows, part, parts, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
-    """The tiles of the other side that a program visits: number of full ones, then first and last entry of the full
-    and of the partial ones. Where nothing is listed, all are full but the last."""
+def tile_of(records, order):
+    """The tile of this program, its record, and how many rows it owns."""
+    tile = tl.program_id(0)
+    if order is not None:
+        tile = tl.load(order + tile)
+    record = records + tile.to(tl.int64) * FIELDS
+    return tile, record, tl.load(record + EXTENT)
+
+
+@triton.jit
+def read_record(record):
+    """Rows that exist, first row, its sample, its place in the sample, its position; the other side's rows of the same
+    sample, and the position of their first."""
+    return (
+        tl.load(record + VALID), tl.load(record + ROW).to(tl.int64), tl.load(record + SAMPLE), tl.load(record + OFFSET),
+        tl.load(record + POSITION), tl.load(record + OTHER_BEGIN), tl.load(record + OTHER_END),
+        tl.load(record + OTHER_POSITION),
+    )  # fmt: skip
+
+
+@triton.jit
+def work_of(
+    records, lists, counts, tile, rows, part, parts, capacity, BLOCK: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """The tiles of the other side that a program visits: the list of full ones, the list of partial ones, which runs
+    backwards, and their first and last entries. Where nothing is listed, tiles count, and all are full but the last."""
     if counts is None:
         full = rows // BLOCK
         partial = tl.where(rows % BLOCK > 0, 1, 0)
@@ -166,9 +202,17 @@ def work_of(counts, tile, rows, part, parts, BLOCK: tl.constexpr, SPLIT: tl.cons
         share = (high + parts - 1) // parts
         low = tl.minimum(part * share, high)
         high = tl.minimum(low + share, high)
-    return (
-        full, tl.minimum(low, full), tl.minimum(high, full), tl.maximum(low - full, 0), tl.maximum(high - full, 0)
-    )  # fmt: skip
+    partial_low = tl.maximum(low - full, 0)
+    partial_high = tl.maximum(high - full, 0)
+    if counts is None:
+        front = records
+        back = records
+        partial_low += full
+        partial_high += full
+    else:
+        front = lists + tile.to(tl.int64) * capacity
+        back = front + capacity - 1
+    return front, back, tl.minimum(low, full), tl.minimum(high, full), partial_low, partial_high
 
 
 @triton.jit

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
 import triton
+from triton.compiler.errors import CompilationError
 from triton.runtime.driver import driver
+from triton.runtime.errors import OutOfResources, PTXASError
 
 logger = logging.getLogger("mmfast")
 
@@ -59,19 +62,38 @@ def multiprocessors(device: torch.device) -> int:
 
 
 _AUTOTUNE = os.environ.get("MMFAST_AUTOTUNE") == "1" and not INTERPRETED
+_UNFIT = (OutOfResources, PTXASError, CompilationError)
 _fastest: dict[Hashable, Config] = {}
 
 
-def tuned(key: Hashable, config: Config, candidates: Iterable[Config], launch: Callable[[Config], None]) -> None:
-    """Launches with `config`. With MMFAST_AUTOTUNE=1: with the fastest of it and the candidates, which are timed at the
-    first call with this key (which waits for the device)."""
-    if _AUTOTUNE and key not in _fastest:
-        times = {}
-        for number, candidate in enumerate([config, *candidates]):
-            try:
-                times[number] = triton.testing.do_bench(lambda c=candidate: launch(c), warmup=5, rep=20)
-            except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
-                continue
-        _fastest[key] = [config, *candidates][min(times, key=times.get)]
+def fastest(
+    key: Hashable, config: Config, candidates: Callable[[], list[Config]], trial: Callable[[Config], object]
+) -> Config:
+    """`config`; with MMFAST_AUTOTUNE=1 the fastest of it and the candidates.
+
+    Candidates are timed at the first call with this key, which waits for the device; not while a graph is captured.
+
+    Args:
+        key: what else the choice depends on than the architecture; sizes by their `size_class`.
+        trial: launches with a configuration; what it writes is not looked at, and it may be called any number of times.
+    """
+    if not _AUTOTUNE:
+        return config
+    key = (architecture(), key)
+    if key not in _fastest and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        times = []
+        for candidate in (config, *(c for c in candidates() if c != config)):
+            with contextlib.suppress(*_UNFIT):
+                times.append((_milliseconds(lambda c=candidate: trial(c)), candidate))
+        _fastest[key] = min(times, key=lambda timed: timed[0])[1] if times else config
         logger.info("%s: %s", key, _fastest[key])
-    launch(_fastest.get(key, config))
+    return _fastest.get(key, config)
+
+
+def size_class(*sizes: int) -> tuple[int, ...]:
+    """Sizes that share a configuration: those between two powers of 2."""
+    return tuple(size.bit_length() for size in sizes)
+
+
+def _milliseconds(launch: Callable[[], object]) -> float:
+    return triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median")

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels._common import Config
+from mmfast.kernels._common import Config, size_class
 from mmfast.kernels._samples import sample_of
 
 
@@ -161,24 +161,31 @@ def _add(
         tl.store(out + plane * units + program, tl.sum(total, 0))
 
 
-def _config(widths: Sequence[int], whole_rows: bool) -> Config:
-    """Tiles of 2048 elements, 16 for each thread; a row that is a unit of its own lies in one tile, 8 for each."""
+def _config(widths: Sequence[int], whole_rows: bool, elements: int = 2048) -> Config:
+    """Tiles of so many elements, 16 for each thread; a row that is a unit of its own lies in one tile, 8 for each.
+
+    Bound by memory: the same on every architecture.
+    """
     longest = max(widths)
     block = triton.next_power_of_2(longest if whole_rows else min(longest, 1024))
-    return Config({"ROWS": max(1, 2048 // block), "BLOCK": block}, num_warps=max(8 if whole_rows else 4, block // 512))
+    warps = max(elements // (256 if whole_rows else 512), block // 512)
+    return Config({"ROWS": max(1, elements // block), "BLOCK": block}, num_warps=min(32, warps))
 
 
 class Launch:
     """At most `MAX_TENSORS` tensors of one call: how they are cut into tiles, and what kernels say of them."""
 
-    def __init__(self, delta, cu_seqlens, seqused, token, l2, momentum):
+    def __init__(self, delta, cu_seqlens, seqused, token, l2, momentum, config=None):
         self.token, self.device = token, delta[0].device
         widths = [d.shape[-1] if token else d[0].numel() if d.shape[0] else 0 for d in delta]
         rows = [d.numel() // w if w else 0 for d, w in zip(delta, widths)]
         layouts = [cu is not None for cu in cu_seqlens]
         # A unit of one row that fits a tile needs no second pass.
         self.whole = (token or not any(layouts)) and max(widths, default=0) <= WHOLE
-        self.config = _config(widths, self.whole and (l2 or momentum))
+        whole_rows = self.whole and (l2 or momentum)
+        self.config = _config(widths, whole_rows) if config is None else config
+        self.candidates = lambda: [_config(widths, whole_rows, n) for n in (512, 1024, 4096, 8192)]
+        self.key = (len(delta), delta[0].dtype, token, l2, momentum, whole_rows, size_class(max(rows), max(widths)))
         tile, block = self.config.constants["ROWS"], self.config.constants["BLOCK"]
         columns = [triton.cdiv(w, block) for w in widths]
         batch = [d.shape[0] if cu is None else cu.shape[0] - 1 for d, cu in zip(delta, cu_seqlens)]

@@ -70,7 +70,7 @@ def gather_rows(x: Sequence[Tensor], index: Tensor, value: float, out: Sequence[
     if rows == 0 or width == 0:
         return
     block = min(1024, triton.next_power_of_2(width))
-    config = Config({"ROWS": max(1, 1024 // block), "BLOCK": block})
+    config = Config({"ROWS": max(1, 1024 // block), "BLOCK": block})  # a copy: the same on every architecture
 
     def described(name: str, tensors: Sequence[Tensor]) -> dict:
         sizes = [t.shape[0] for t in tensors]

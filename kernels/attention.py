@@ -15,21 +15,7 @@ from torch import Tensor
 
 from mmfast.kernels import _attention_configs as configs
 from mmfast.kernels._attention_backward import backward as backward
-from mmfast.kernels._attention_plan import (
-    EXTENT,
-    FIELDS,
-    OFFSET,
-    OTHER_BEGIN,
-    OTHER_END,
-    OTHER_POSITION,
-    POSITION,
-    ROW,
-    SAMPLE,
-    VALID,
-    Side,
-    mask_of,
-    plan,
-)
+from mmfast.kernels._attention_plan import Side, mask_of, plan
 from mmfast.kernels._attention_tiles import (
     LN2,
     LOG2E,
@@ -39,8 +25,10 @@ from mmfast.kernels._attention_tiles import (
     load_rows,
     other_rows,
     own_rows,
+    read_record,
     strides,
     tanh,
+    tile_of,
     visible,
     window_bounds,
     work_of,
@@ -117,11 +105,7 @@ def _forward(
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of BLOCK_M // PACK queries, heads // PACK, parts); out `[parts, Tq, H, D]`, lse `[parts, H, Tq]`."""
-    tile = tl.program_id(0)
-    if order is not None:
-        tile = tl.load(order + tile)
-    record = records + tile.to(tl.int64) * FIELDS
-    extent = tl.load(record + EXTENT)
+    tile, record, extent = tile_of(records, order)
     if extent == 0:
         return
     part = tl.program_id(2)
@@ -129,20 +113,17 @@ def _forward(
     row = lines // PACK
     head = tl.program_id(1) * PACK + lines % PACK
     head_k = (tl.program_id(1) * PACK // GROUP).to(tl.int64)
-    valid = tl.load(record + VALID)
+    valid, first, sample, offset, position, begin_k, end_k, position_k = read_record(record)
     exists = row < valid
-    first = tl.load(record + ROW).to(tl.int64)
     at = first + row
-    begin_k = tl.load(record + OTHER_BEGIN)
-    end_k = tl.load(record + OTHER_END)
-    sample = tl.load(record + SAMPLE)
-    row_in_sample = tl.load(record + OFFSET) + row
-    position = tl.load(record + POSITION) + row
-    position_k = tl.load(record + OTHER_POSITION)
+    row_in_sample = offset + row
+    position += row
     time, word = own_rows(words, time_q, first, row, position, exists, RULE)
     low, high = window_bounds(position, left, right, LEFT, RIGHT)
     keys = tl.where(valid > 0, end_k - begin_k, 0)
-    full, full_low, full_high, partial_low, partial_high = work_of(counts, tile, keys, part, parts, BLOCK_N, SPLIT)
+    front, back, full_low, full_high, partial_low, partial_high = work_of(
+        records, lists, counts, tile, keys, part, parts, capacity, BLOCK_N, SPLIT
+    )  # fmt: skip
 
     dims = tl.arange(0, BLOCK_D)
     step_q, step_k, step_v = stride_qt.to(tl.int64) * 8, stride_kt.to(tl.int64) * 8, stride_vt.to(tl.int64) * 8
@@ -158,12 +139,6 @@ def _forward(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     LISTED: tl.constexpr = counts is not None
-    if LISTED:
-        front = lists + tile.to(tl.int64) * capacity
-        back = front + capacity - 1
-    else:
-        front, back = records, records
-        partial_low, partial_high = partial_low + full, partial_high + full
     acc, total, peak = _loop(
         acc, total, peak, query, k, v, k_tile, v_tile, step_k, step_v, dims, front, 1, full_low, full_high, begin_k,
         end_k, position_k, head, sample, row_in_sample, word, time, low, high, modality_k, time_k, seed, scale, softcap,
@@ -266,7 +241,7 @@ def forward(
                 **OPTIONS,
             )  # fmt: skip
 
-    configs.run("forward", problem, config, run)
+    configs.run("forward", problem, config, queries, keys, run, pack)
 
 
 def examples() -> list[Example]:

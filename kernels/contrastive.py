@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels._common import Config, Example, architecture
+from mmfast.kernels._common import Config, Example
+from mmfast.kernels._contrastive_configs import choose
 
 PARTS = 16  # chunks of rows and of columns, at most
 BAND = 1 << 26  # scores whose derivatives are held at a time: 128 MiB in bfloat16
@@ -229,43 +230,6 @@ def _multiply(
 # Launchers
 
 
-# Tiles (M, N, K), warps and stages for 16-bit features and batches that fill a GPU. `masked`: equal ids are left out,
-# or it is the sigmoid loss: more registers are needed for each score.
-_TUNED = {
-    "sm_80": {
-        "statistics": (128, 128, 32, 8, 3),
-        "statistics masked": (128, 128, 32, 8, 3),
-        "derivatives": (128, 128, 32, 8, 3),
-        "derivatives masked": (128, 64, 32, 8, 3),
-        "multiply": (128, 128, 32, 8, 4),
-    },
-    "sm_90": {
-        "statistics": (256, 64, 64, 8, 3),
-        "statistics masked": (128, 64, 32, 8, 3),
-        "derivatives": (128, 128, 64, 8, 3),
-        "derivatives masked": (128, 64, 64, 8, 3),
-        "multiply": (128, 256, 64, 8, 3),
-    },
-}
-_TUNED["sm_100"] = {**_TUNED["sm_90"], "statistics": (128, 64, 64, 8, 3)}
-_SMALL = (64, 64, 64, 4, 3)  # few pairs: more tiles
-_FLOAT32 = (64, 32, 32, 4, 2)  # three passes of TF32, whose operands take more registers
-
-
-def _config(kernel: str, x: Tensor, n: int, m: int, masked: bool = False) -> Config:
-    gpu = architecture()
-    if x.dtype == torch.float32:
-        numbers = _FLOAT32
-    elif gpu == "interpreter" or n * m < 132 * 128 * 128:
-        numbers = _SMALL
-    else:
-        numbers = _TUNED.get(gpu, _TUNED["sm_80"])[f"{kernel} masked" if masked else kernel]
-    block_m, block_n, block_k, warps, stages = numbers
-    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-    constants["PRECISION"] = "ieee" if gpu.startswith("gfx") else "tf32x3"
-    return Config(constants, warps, stages)
-
-
 def _per_part(total: int, block: int) -> int:
     """Rows of a chunk, of whole blocks."""
     return triton.cdiv(triton.cdiv(total, PARTS), block) * block
@@ -290,19 +254,22 @@ def infonce_forward(
 ) -> None:
     """Fills the log-sum-exps of rows `[n]` and columns `[m]` and the positive scores `[n]`; keeps the products."""
     (n, dim), m = x.shape, y.shape[0]
-    config = _config("statistics", x, n, m, ids_x is not None)
-    per_row, per_column = (_per_part(t, config.constants[b]) for t, b in ((n, "BLOCK_M"), (m, "BLOCK_N")))
-    row_parts, column_parts = triton.cdiv(n, per_row), triton.cdiv(m, per_column)
-    row_partial = torch.empty(column_parts, 2, n, dtype=torch.float32, device=x.device)
-    column_partial = torch.empty(row_parts, 2, m, dtype=torch.float32, device=x.device)
-    _statistics[(row_parts, column_parts)](
-        x, y, scale, ids_x, ids_y, offset, n, m, per_row, per_column, _panels(products),
-        row_partial, column_partial, diagonal, products, D=dim, **config.options(),
-    )  # fmt: skip
-    for partial, out in ((row_partial, row), (column_partial, column)):
-        _join[(triton.cdiv(out.shape[0], 128),)](
-            partial, out, out.shape[0], partial.shape[0], PARTS=PARTS, BLOCK=128, **Config({}, 4).options()
-        )
+
+    def launch(config: Config) -> None:
+        per_row, per_column = (_per_part(t, config.constants[b]) for t, b in ((n, "BLOCK_M"), (m, "BLOCK_N")))
+        row_parts, column_parts = triton.cdiv(n, per_row), triton.cdiv(m, per_column)
+        row_partial = torch.empty(column_parts, 2, n, dtype=torch.float32, device=x.device)
+        column_partial = torch.empty(row_parts, 2, m, dtype=torch.float32, device=x.device)
+        _statistics[(row_parts, column_parts)](
+            x, y, scale, ids_x, ids_y, offset, n, m, per_row, per_column, _panels(products),
+            row_partial, column_partial, diagonal, products, D=dim, **config.options(),
+        )  # fmt: skip
+        for partial, out in ((row_partial, row), (column_partial, column)):
+            _join[(triton.cdiv(out.shape[0], 128),)](
+                partial, out, out.shape[0], partial.shape[0], PARTS=PARTS, BLOCK=128, **Config({}, 4).options()
+            )
+
+    launch(choose("statistics", launch, x, m, ids_x is not None))
 
 
 def gradients(
@@ -327,43 +294,69 @@ def gradients(
         grads: InfoNCE: gradients of row `[n]`, column `[m]`, diagonal `[n]`.
     """
     (n, dim), m = x.shape, y.shape[0]
-    config = _config("derivatives", x, n, m, ids_x is not None or row is None)
-    product = _config("multiply", x, n, m)
-    block_m, block_n = config.constants["BLOCK_M"], config.constants["BLOCK_N"]
+    width, panels = triton.cdiv(m, 128), _panels(products)
     if row is None:
         unit = torch.full((), 1 / n, dtype=torch.float32, device=x.device)
     else:
         # The derivatives fit any dtype, whatever the size of the batch and a loss scale.
         unit = torch.stack([g.abs().amax() for g in grads]).amax()
         unit = torch.where(unit > 0, unit, 1.0)
-    width, panels = triton.cdiv(m, 128), _panels(products)
-    band = min(n, max(block_m, BAND // (width * 128) // block_m * block_m))
-    band = triton.cdiv(band, block_m) * block_m
     wanted = dx is not None or dy is not None
-    g = x.new_empty(min(band, n), width * 128) if wanted else None
-    bands = triton.cdiv(n, band)
-    total_y = torch.zeros(y.shape, dtype=torch.float32, device=y.device) if dy is not None and bands > 1 else dy
-    columns = width * 128 // block_n
-    tiles = triton.cdiv(n, block_m) * columns
-    partial = torch.zeros(tiles, 3, dtype=torch.float32, device=x.device)
 
-    def multiply(a, b, out, rows, depth, transposed, add):
-        grid = (triton.cdiv(dim, product.constants["BLOCK_N"]), triton.cdiv(rows, product.constants["BLOCK_M"]))
-        _multiply[grid](
-            a, b, out, scale, unit, rows, depth, width, WIDTH=dim, TRANSPOSED=transposed, ADD=add, **product.options()
-        )
+    def room(config: Config) -> tuple[int, Tensor | None, Tensor]:
+        """Rows of a band, their derivatives, and the partial sums of all tiles."""
+        block_m, block_n = config.constants["BLOCK_M"], config.constants["BLOCK_N"]
+        band = min(n, max(block_m, BAND // (width * 128) // block_m * block_m))
+        band = triton.cdiv(band, block_m) * block_m
+        tiles = triton.cdiv(n, block_m) * (width * 128 // block_n)
+        partial = torch.zeros(tiles, 3, dtype=torch.float32, device=x.device)
+        return band, x.new_empty(min(band, n), width * 128) if wanted else None, partial
 
-    for first in range(0, n, band):
-        rows = min(band, n - first)
-        _derivatives[(columns, triton.cdiv(rows, block_m))](
+    def derive(config, first, rows, g, partial):
+        columns = width * 128 // config.constants["BLOCK_N"]
+        _derivatives[(columns, triton.cdiv(rows, config.constants["BLOCK_M"]))](
             x, y, scale, bias, ids_x, ids_y, offset, n, m, first, rows, panels, width,
             row, column, *(grads if row is not None else (None, None, None)), unit, products, g, partial,
             D=dim, **config.options(),
         )  # fmt: skip
+
+    def first_band(config):
+        band, g, partial = room(config)
+        derive(config, 0, min(band, n), g, partial)
+
+    config = choose("derivatives", first_band, x, m, ids_x is not None or row is None)
+    band, g, partial = room(config)
+    bands = triton.cdiv(n, band)
+    total_y = torch.zeros(y.shape, dtype=torch.float32, device=y.device) if dy is not None and bands > 1 else dy
+
+    def multiply(b, out, rows, depth, transposed, add):
+        def launch(config, out):
+            grid = (triton.cdiv(dim, config.constants["BLOCK_N"]), triton.cdiv(rows, config.constants["BLOCK_M"]))
+            _multiply[grid](
+                g,
+                b,
+                out,
+                scale,
+                unit,
+                rows,
+                depth,
+                width,
+                WIDTH=dim,
+                TRANSPOSED=transposed,
+                ADD=add,
+                **config.options(),
+            )
+
+        config = choose("multiply", lambda config: launch(config, torch.empty_like(out)), x, m, variant=transposed)
+        launch(config, out)
+
+    for first in range(0, n, band):
+        rows = min(band, n - first)
+        derive(config, first, rows, g, partial)
         if dx is not None:
-            multiply(g, y, dx[first : first + rows], rows, m, False, False)
+            multiply(y, dx[first : first + rows], rows, m, False, False)
         if dy is not None:
-            multiply(g, x[first : first + rows], total_y, m, rows, True, bands > 1)
+            multiply(x[first : first + rows], total_y, m, rows, True, bands > 1)
     if total_y is not dy:
         dy.copy_(total_y)
     return (partial.sum(0, dtype=torch.float64) * unit).float()

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels._common import Config, Example, tuned
+from mmfast.kernels._common import Config, Example, fastest, size_class
+from mmfast.kernels._packing_runs import Runs, add_to_run
 from mmfast.kernels._rows import alignment, row_of, scatter_rows
 
 MAX_DIM = 16384  # a row is held by one program
@@ -73,22 +74,6 @@ def _forward(
         if bias is not None:
             y += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
     tl.store(x + (row * D)[:, None] + column[None, :], y.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _add_to_run(total, value, key, i, begin, end, rows, out, carry, chunk, column, D: tl.constexpr):
-    """Adds row i's gradient to the run of rows with its key; where the run or the chunk ends, writes the sum."""
-    total += value
-    mine = tl.load(key + i)
-    after = tl.load(key + i + 1, mask=i + 1 < rows, other=-1)
-    if (after != mine) | (i + 1 == end):
-        from_before = tl.load(key + begin - 1, mask=begin > 0, other=-1) == mine
-        slot = chunk * 2 + (from_before == 0).to(tl.int64)
-        whole = (from_before == 0) & (after != mine)
-        line = tl.where(whole, out + mine.to(tl.int64) * D, carry + slot * D)
-        tl.store(line + column, total, mask=column < D)
-        total = tl.zeros_like(total)
-    return total
 
 
 @triton.jit(do_not_specialize=["rows", "first", "size", "dtoken_size", "chunk_rows"])
@@ -150,7 +135,7 @@ def _backward(
             for r in range(tl.minimum(end - i, ROWS)):
                 one = tl.sum(tl.where((line == r)[:, None], d, 0.0), 0)
                 if type_key is not None:
-                    type_total = _add_to_run(
+                    type_total = add_to_run(
                         type_total,
                         one,
                         type_key,
@@ -165,41 +150,13 @@ def _backward(
                         D,
                     )
                 if table_key is not None:
-                    table_total = _add_to_run(
+                    table_total = add_to_run(
                         table_total, one, table_key, i + r, begin, end, rows, dtable, table_carry, chunk, column, D
                     )
     if dweight is not None:
         tl.store(dweight + chunk * D + column, weight_total, mask=column < D)
     if dbias is not None:
         tl.store(dbias + chunk * D + column, bias_total, mask=column < D)
-
-
-@triton.jit(do_not_specialize=["rows", "chunk_rows"])
-def _join(key, carry, out, rows, chunk_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr):
-    """Adds up the pieces of the run that goes on after this program's chunk, if it began there."""
-    chunk = tl.program_id(0).to(tl.int64)
-    chunks = tl.num_programs(0)
-    begin = chunk * chunk_rows
-    end = begin + chunk_rows
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if end < rows:
-        mine = tl.load(key + end)
-        began_here = tl.load(key + end - 1) == mine
-        if begin > 0:
-            began_here = began_here & (tl.load(key + begin - 1) != mine)
-        if began_here:
-            total = tl.load(carry + (2 * chunk + 1) * D + column, mask=column < D, other=0.0)
-            at = chunk + 1
-            going = True
-            while going:
-                piece = at + tl.arange(0, CHUNKS)
-                same = piece < chunks
-                same = same & (tl.load(key + piece * chunk_rows, mask=same, other=-1) == mine)
-                mask = same[:, None] & (column < D)[None, :]
-                total += tl.sum(tl.load(carry + (2 * piece * D)[:, None] + column[None, :], mask=mask, other=0.0), 0)
-                at += CHUNKS
-                going = tl.sum(same.to(tl.int32), 0) == CHUNKS
-            tl.store(out + mine.to(tl.int64) * D + column, total, mask=column < D)
 
 
 # Launchers
@@ -228,7 +185,9 @@ def _config(dim: int, elements: int) -> Config:
     return Config({"ROWS": max(1, elements // block), "BLOCK_D": block}, min(32, max(1, block // elements)))
 
 
-_FORWARD, _BACKWARD = 512, 256  # elements of a warp: backward keeps up to four sums over rows as well
+# Elements of a warp: backward keeps up to four sums over rows as well. Bound by memory: the same on every architecture.
+_FORWARD, _BACKWARD = 512, 256
+_CANDIDATES = (128, 256, 512, 1024, 2048)
 
 
 def pack_forward(
@@ -273,8 +232,8 @@ def pack_forward(
             **config.options(),
         )
 
-    key = ("pack", dim, x.dtype, norm, len(tokens), len(tables), triton.next_power_of_2(rows))
-    tuned(key, _config(dim, _FORWARD), [_config(dim, n) for n in (256, 1024, 2048)], launch)
+    key = ("pack", dim, x.dtype, norm, len(tokens), len(tables), size_class(rows))
+    launch(fastest(key, _config(dim, _FORWARD), lambda: [_config(dim, n) for n in _CANDIDATES], launch))
 
 
 def pack_backward(
@@ -304,112 +263,62 @@ def pack_backward(
             if g is not None:
                 g.zero_()
         return
-    config = _config(dim, _BACKWARD)
-    chunk_rows = max(config.constants["ROWS"], triton.next_power_of_2(triton.cdiv(rows, _CHUNKS)))
-    chunks = triton.cdiv(rows, chunk_rows)
-
-    def partial() -> Tensor:
-        return dx.new_empty(chunks, dim, dtype=torch.float32)
-
-    weight_partial = None if dweight is None else partial()
-    bias_partial = None if dbias is None else partial()
     described = _described(tokens, sizes, position, tables, table_first)
     wanted = [axis for i, axis in enumerate(described["table_axis"]) if dtables[i] is not None]
     # A part whose gradient is not wanted has no rows, and borrows a pointer.
     given = [g for g in dtokens if g is not None]
     pointers = tuple(given[0] if g is None else g for g in dtokens) if given else None
-    for axis in sorted(set(wanted)) or [None]:
-        first_pass = axis is None or axis == min(wanted)
-        of_type = dtype_embedding if first_pass else None
-        runs = _Runs(modality, position, described, axis, dtables, of_type, chunks, dim)
-        _backward[(chunks,)](
-            dx=dx,
-            dx_row=dx.stride(0),
-            source=source,
-            modality=modality,
-            position=position,
-            type_embedding=type_embedding,
-            weight=weight,
-            mean=mean,
-            rstd=rstd,
-            dtokens=pointers if first_pass else None,
-            dtoken_row=tuple(dim for _ in dtokens),
-            dtoken_size=tuple(0 if g is None else g.shape[0] for g in dtokens),
-            dweight=weight_partial if first_pass else None,
-            dbias=bias_partial if first_pass else None,
-            order=runs.order,
-            type_key=runs.type_key,
-            dtype_embedding=runs.type_total,
-            type_carry=runs.type_carry,
-            table_key=runs.table_key,
-            dtable=runs.table_total,
-            table_carry=runs.table_carry,
-            rows=rows,
-            chunk_rows=chunk_rows,
-            D=dim,
-            NORM=norm,
-            ALIGN=alignment([*tokens, *given]),
-            **described,
-            **config.options(),
+
+    def launch(config: Config) -> None:
+        chunk_rows = max(config.constants["ROWS"], triton.next_power_of_2(triton.cdiv(rows, _CHUNKS)))
+        chunks = triton.cdiv(rows, chunk_rows)
+        weight_partial, bias_partial = (
+            None if g is None else dx.new_empty(chunks, dim, dtype=torch.float32) for g in (dweight, dbias)
         )
-        runs.finish(chunk_rows)
-    for g, p in ((dweight, weight_partial), (dbias, bias_partial)):
-        if g is not None:
-            g.copy_(p.sum(0))
+        for axis in sorted(set(wanted)) or [None]:
+            first_pass = axis is None or axis == min(wanted)
+            of_type = dtype_embedding if first_pass else None
+            runs = Runs(modality, position, described, axis, dtables, of_type, chunks, dim)
+            _backward[(chunks,)](
+                dx=dx,
+                dx_row=dx.stride(0),
+                source=source,
+                modality=modality,
+                position=position,
+                type_embedding=type_embedding,
+                weight=weight,
+                mean=mean,
+                rstd=rstd,
+                dtokens=pointers if first_pass else None,
+                dtoken_row=tuple(dim for _ in dtokens),
+                dtoken_size=tuple(0 if g is None else g.shape[0] for g in dtokens),
+                dweight=weight_partial if first_pass else None,
+                dbias=bias_partial if first_pass else None,
+                order=runs.order,
+                type_key=runs.type_key,
+                dtype_embedding=runs.type_total,
+                type_carry=runs.type_carry,
+                table_key=runs.table_key,
+                dtable=runs.table_total,
+                table_carry=runs.table_carry,
+                rows=rows,
+                chunk_rows=chunk_rows,
+                D=dim,
+                NORM=norm,
+                ALIGN=alignment([*tokens, *given]),
+                **described,
+                **config.options(),
+            )
+            runs.finish(chunk_rows)
+        for g, p in ((dweight, weight_partial), (dbias, bias_partial)):
+            if g is not None:
+                g.copy_(p.sum(0))
+
+    key = ("pack backward", dim, dx.dtype, norm, len(sizes), len(tables), len(wanted), size_class(rows))
+    launch(fastest(key, _config(dim, _BACKWARD), lambda: [_config(dim, n) for n in _CANDIDATES], launch))
 
 
 _CHUNKS = 1024  # of the backward pass, at most: about eight on each multiprocessor
-
-
-class _Runs:
-    """Rows in the order of the embedding row whose gradient they add to, and room for the sums."""
-
-    order = type_key = type_total = type_carry = table_key = table_total = table_carry = None
-
-    def __init__(self, modality, position, described, axis, dtables, dtype_embedding, chunks, dim):
-        def room(*shape):
-            return torch.zeros(*shape, dim, dtype=torch.float32, device=modality.device)
-
-        self.results = []
-        if axis is None and dtype_embedding is None:
-            return
-        key = modality.to(torch.int32)
-        if axis is not None:
-            # The tables of all parts behind each other; a part without one counts as one row.
-            parts, axes, sizes = (described[k] for k in ("table_part", "table_axis", "table_size"))
-            which = {m: i for i, (m, a) in enumerate(zip(parts, axes)) if a == axis}
-            place, begin = position[:, axis], 0
-            key = torch.zeros_like(place)
-            for m in range(len(described["size"])):
-                size = sizes[which[m]] if m in which else 1
-                key = torch.where(modality == m, place.clamp(0, size - 1) + begin, key)
-                if m in which and dtables[which[m]] is not None:
-                    self.results.append((dtables[which[m]], begin, size))
-                begin += size
-            self.table_total, self.table_carry = room(begin), room(chunks, 2)
-        key, self.order = torch.sort(key, stable=True)
-        if axis is not None:
-            self.table_key = key
-        self.dtype_embedding = dtype_embedding
-        if dtype_embedding is not None:
-            self.type_key = modality[self.order].to(torch.int32)
-            self.type_total, self.type_carry = room(len(described["size"])), room(chunks, 2)
-
-    def finish(self, chunk_rows: int) -> None:
-        """Adds up the runs that cross chunks, and writes the gradients."""
-        for key, carry, total in (
-            (self.type_key, self.type_carry, self.type_total),
-            (self.table_key, self.table_carry, self.table_total),
-        ):
-            if key is not None:
-                chunks, _, dim = carry.shape
-                config = Config({"BLOCK_D": min(128, triton.next_power_of_2(dim)), "CHUNKS": 16})
-                grid = (chunks, triton.cdiv(dim, config.constants["BLOCK_D"]))
-                _join[grid](key, carry, total, key.shape[0], chunk_rows, D=dim, **config.options())
-        if self.type_key is not None:
-            self.dtype_embedding.copy_(self.type_total)
-        for g, begin, size in self.results:
-            g.copy_(self.table_total[begin : begin + size])
 
 
 def examples() -> list[Example]:

@@ -8,6 +8,7 @@ float64 neither overflow nor cancel, whatever the gradient's scale.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels._common import Example
+from mmfast.kernels._common import Example, fastest
 from mmfast.kernels._perturbation_tiles import (
     VARYING,
     Launch,
@@ -237,49 +238,59 @@ def _perturb_some(
     delta, grad, momentum, previous, origin, step_size, eps, cu_seqlens, seqused, step_values, eps_values, low, high,
     l2, token, decay, blend,
 ):  # fmt: skip
-    launch = Launch(delta, cu_seqlens, seqused, token, l2, bool(momentum))
-    batch = launch.tiles["batch"]
-    direction, sums = tuple(grad), {"by_l1": None, "by_l2": None, "by_blend": None}
+    arguments = (delta, cu_seqlens, seqused, token, l2, bool(momentum))
 
-    def run(stage, partial):
-        _step[(launch.programs,)](
-            delta=tuple(delta),
-            grad=direction,
-            origin=origins(origin, delta),
-            momentum=tuple(momentum) if momentum and direction[0] is not momentum[0] else None,
-            previous=tuple(previous) if previous else None,
-            step_size=numbers(step_size, step_values, batch),
-            eps=numbers(eps, eps_values, batch),
-            step_value=tuple(step_values),
-            eps_value=tuple(eps_values),
-            low=tuple(low),
-            high=tuple(high),
-            decay=decay,
-            blend=blend,
-            partial=partial,
-            sums=launch.sums,
-            STAGE=stage.value,
-            L2=l2,
-            WHOLE=launch.whole,
-            **sums,
-            **launch.tiles,
-        )
+    def steps(launch, delta, momentum, previous):
+        batch = launch.tiles["batch"]
+        direction, sums = tuple(grad), {"by_l1": None, "by_l2": None, "by_blend": None}
 
-    def measure(stage, planes):
-        partial = launch.room(planes)
-        run(stage, partial)
-        return launch.add(partial)
+        def run(stage, partial):
+            _step[(launch.programs,)](
+                delta=tuple(delta),
+                grad=direction,
+                origin=origins(origin, delta),
+                momentum=tuple(momentum) if momentum and direction[0] is not momentum[0] else None,
+                previous=tuple(previous) if previous else None,
+                step_size=numbers(step_size, step_values, batch),
+                eps=numbers(eps, eps_values, batch),
+                step_value=tuple(step_values),
+                eps_value=tuple(eps_values),
+                low=tuple(low),
+                high=tuple(high),
+                decay=decay,
+                blend=blend,
+                partial=partial,
+                sums=launch.sums,
+                STAGE=stage.value,
+                L2=l2,
+                WHOLE=launch.whole,
+                **sums,
+                **launch.tiles,
+            )
 
-    if not launch.whole:
-        if momentum:
-            sums["by_l1"] = measure(_L1, 1)
-        if l2:
-            sums["by_l2"] = measure(_L2, 3)
+        def measure(stage, planes):
+            partial = launch.room(planes)
+            run(stage, partial)
+            return launch.add(partial)
+
+        if not launch.whole:
             if momentum:
-                direction = tuple(momentum)
-            if previous:
-                sums["by_blend"] = measure(_BLEND, 1)
-    run(_APPLY, None)
+                sums["by_l1"] = measure(_L1, 1)
+            if l2:
+                sums["by_l2"] = measure(_L2, 3)
+                if momentum:
+                    direction = tuple(momentum)
+                if previous:
+                    sums["by_blend"] = measure(_BLEND, 1)
+        run(_APPLY, None)
+
+    def trial(config):
+        steps(Launch(*arguments, config), *copies())
+
+    copies = functools.cache(lambda: [[t.clone() for t in x] for x in (delta, momentum, previous)])
+    launch = Launch(*arguments)
+    config = fastest(("perturb", bool(previous), *launch.key), launch.config, launch.candidates, trial)
+    steps(launch if config == launch.config else Launch(*arguments, config), delta, momentum, previous)
 
 
 def random_start(
@@ -306,32 +317,39 @@ def random_start(
 
 
 def _start_some(delta, origin, eps, cu_seqlens, seqused, eps_values, low, high, l2, token, seed, index):
-    launch = Launch(delta, cu_seqlens, seqused, token, l2, False)
+    arguments = (delta, cu_seqlens, seqused, token, l2, False)
 
-    def run(stage, partial, squares):
-        _start[(launch.programs,)](
-            delta=tuple(delta),
-            origin=origins(origin, delta),
-            eps=numbers(eps, eps_values, launch.tiles["batch"]),
-            eps_value=tuple(eps_values),
-            low=tuple(low),
-            high=tuple(high),
-            seed=seed,
-            index=tuple(index),
-            partial=partial,
-            by_square=squares,
-            STAGE=stage.value,
-            L2=l2,
-            WHOLE=launch.whole,
-            **launch.tiles,
-        )
+    def fill(launch):
+        def run(stage, partial, squares):
+            _start[(launch.programs,)](
+                delta=tuple(delta),
+                origin=origins(origin, delta),
+                eps=numbers(eps, eps_values, launch.tiles["batch"]),
+                eps_value=tuple(eps_values),
+                low=tuple(low),
+                high=tuple(high),
+                seed=seed,
+                index=tuple(index),
+                partial=partial,
+                by_square=squares,
+                STAGE=stage.value,
+                L2=l2,
+                WHOLE=launch.whole,
+                **launch.tiles,
+            )
 
-    squares = None
-    if l2 and not launch.whole:
-        partial = launch.room(1)
-        run(_RADIUS, partial, None)
-        squares = launch.add(partial)
-    run(_APPLY, None, squares)
+        squares = None
+        if l2 and not launch.whole:
+            partial = launch.room(1)
+            run(_RADIUS, partial, None)
+            squares = launch.add(partial)
+        run(_APPLY, None, squares)
+
+    launch = Launch(*arguments)
+    config = fastest(
+        ("start", *launch.key), launch.config, launch.candidates, lambda config: fill(Launch(*arguments, config))
+    )
+    fill(launch if config == launch.config else Launch(*arguments, config))
 
 
 def examples() -> list[Example]:

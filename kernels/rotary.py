@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels._common import Config, Example, tuned
+from mmfast.kernels._common import Config, Example, fastest, size_class
 from mmfast.kernels._samples import sample_of
 
 
@@ -224,15 +224,15 @@ def rotary(
             if p is not None:
                 torch.sum(p, 0, out=g)
 
-    key = ("rotary", dim, x[0].dtype, bool(grads), norm, interleaved, triton.next_power_of_2(rows))
-    tuned(key, _config(dim), _candidates(dim), launch)
+    key = ("rotary", dim, x[0].dtype, bool(grads), norm, interleaved, size_class(rows, *(t.shape[1] for t in x)))
+    launch(fastest(key, _config(dim), lambda: _candidates(dim), launch))
 
 
 _PROGRAMS = 528  # enough for four on each of 132 multiprocessors
 
 
 def _config(dim: int) -> Config:
-    """16 elements of a row block's two halves for each thread."""
+    """16 elements of a row block's two halves for each thread: bound by memory, the same on every architecture."""
     return Config({"BLOCK_T": max(1, 2048 // triton.next_power_of_2(dim))})
 
 

@@ -12,6 +12,7 @@ import torch
 
 import mmfast
 from mmfast import _native
+from mmfast.backends import flash_attn, xformers
 from mmfast.ops import _dispatch
 
 EXTRAS = {
@@ -65,6 +66,9 @@ def _backends() -> dict[str, str]:
     lines["triton"] = _triton()
     lines["cuda"] = "not in this version of mmfast"
     lines["reference"] = "runs everywhere (plain PyTorch, slow)"
+    for name, peer in (("flash_attn", flash_attn), ("xformers", xformers)):
+        reason = peer.installed()
+        lines[name] = f"refused: {reason}" if reason else f'installed: attention with backend="{name}" on a GPU'
     if forced := os.environ.get("MMFAST_BACKEND"):
         lines["MMFAST_BACKEND"] = f"{forced} is forced for every op"
     return lines

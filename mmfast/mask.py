@@ -189,8 +189,12 @@ def rule_holds(
     position_k: Tensor,
 ) -> Tensor:
     """bool: where rule and window let the query see the key, both of one sample; the arguments broadcast."""
-    rules = torch.tensor(unpack_table(table), device=modality_q.device)
-    rule = rules[modality_q.long(), modality_k.long()]
+    # Numbers of the host in kernels: a tensor of them would wait for the device.
+    word = torch.full_like(modality_q, table[0], dtype=torch.int64)
+    for modality, row in enumerate(table):
+        if row != table[0]:
+            word = torch.where(modality_q == modality, row, word)
+    rule = (word >> 3 * modality_k.long()) & 7
     time_q, time_k = time_q.long(), time_k.long()
     seen = (
         (rule == Rule.FULL)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfast import Layout, ModalityMask, Rule
-from mmfast.mask import unpack_table
+from mmfast.mask import rule_holds, unpack_table
 
 many = settings(max_examples=40, deadline=None)
 
@@ -244,6 +245,32 @@ def test_table_by_name_and_two_layouts():
     assert rules[1][0] == Rule.SAME and rules[1][1] == Rule.CAUSAL
     assert ModalityMask((("a", "b"), 1) for _ in range(1)).table(("a", "b"))[0] == 1 << 3
     assert hash(mask) == hash(dataclasses.replace(mask)) and mask == dataclasses.replace(mask)
+
+
+def test_rules_are_looked_up_without_a_copy_from_the_host():
+    """On a GPU a tensor made of a list, or a number read back, waits for the device."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func is torch.ops.aten.lift_fresh.default and args[0].dim() > 0
+            assert not made and func is not torch.ops.aten._local_scalar_dense.default, func
+            return func(*args, **(kwargs or {}))
+
+    table = ModalityMask.q_former("generation").table(("query", "text"))
+    place = torch.arange(6, dtype=torch.int32)
+    modality = (place > 2).to(torch.uint8)
+    side_q, side_k = ((x[:, None] for x in (modality, place, place)), (modality, place, place))
+    with Watch():
+        seen = rule_holds(table, (2, -1), *side_q, *side_k)
+    assert torch.equal(
+        seen,
+        ModalityMask.q_former("generation", 0, 1).visible(Layout(torch.tensor([0, 6]).int(), modality=modality))
+        & (place[:, None] - place <= 2),
+    )
+    with Watch(), pytest.raises(AssertionError):
+        torch.tensor([1, 2])
+    with Watch(), pytest.raises(AssertionError):
+        int(place[0])
 
 
 def test_repr():

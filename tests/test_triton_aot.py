@@ -15,6 +15,8 @@ from mmfast.testing import aot
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = ROOT / "tests/aot_budget.txt"
+OLD_BUDGET = ROOT / "tests/aot_budget_triton_3.6.txt"  # of `make aot-old`
+DROPOUT_ON_AMD = ("attention", "backward_dkdv", "gfx942")
 
 ROW = aot.Compiled("attention", "forward", "bf16 D128", "sm_90", 8, 3, 200, 0, 1000, False)
 
@@ -39,11 +41,20 @@ def test_all_kernels_compile_within_their_budget():
         assert len(out.splitlines()) > 5, out
 
 
-def test_the_budget_allows_no_spills_on_the_tuned_targets():
+def test_the_budgets_allow_no_spills_but_these():
     budget = aot.read_budget(BUDGET)
     assert budget and {target for *_, target in budget} == set(aot.TARGETS)
-    spilling = [key for key, (_, spills, _) in budget.items() if spills and key[2] in aot.MAIN]
-    assert not spilling
+    assert {key: spills for key, (_, spills, _) in budget.items() if spills} == {DROPOUT_ON_AMD: 64}
+    # Ten registers of masks with several rules: a tile without a spill would be half as large with every Triton.
+    old = aot.read_budget(OLD_BUDGET)
+    assert {key: spills for key, (_, spills, _) in old.items() if spills} == {
+        ("attention", "backward_dkdv", "sm_90"): 40
+    }
+
+
+def test_both_budgets_name_the_same_kernels():
+    new, old = ({key for key in aot.read_budget(path) if key[2] in aot.MAIN} for path in (BUDGET, OLD_BUDGET))
+    assert new == old
 
 
 def test_what_exceeds_the_budget_is_named(tmp_path):

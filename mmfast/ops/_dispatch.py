@@ -54,9 +54,10 @@ def choose(op: str, backend: str | None, refusals: dict[str, Callable[[], str | 
     """
     wanted = backend or _forced
     if wanted is not None:
-        if wanted not in BACKENDS:
+        known = dict.fromkeys((*BACKENDS, *refusals))
+        if wanted not in known:
             source = "backend" if backend else "MMFAST_BACKEND"
-            raise ValueError(f"{op}: {source} is {wanted!r}; expected one of {', '.join(BACKENDS)}")
+            raise ValueError(f"{op}: {source} is {wanted!r}; expected one of {', '.join(known)}")
         if wanted == "reference":
             return wanted
         reason = refusals[wanted]() if wanted in refusals else f"{op} has no such implementation"

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from mmfast import _native
+from mmfast.backends import flash_attn, xformers
 from mmfast.layout import Layout
 from mmfast.mask import ModalityMask
 from mmfast.ops import _dispatch, _library
 from mmfast.reference import attention as _reference
 
 _FULL = ModalityMask.full()
+_PEERS = {"flash_attn": flash_attn, "xformers": xformers}
 _FIELDS = ("cu_seqlens", "seqused", "modality", "time", "start")
 
 
@@ -56,7 +58,9 @@ def attention(
         dropout_seed: int64, one element, on q's device; needed with dropout. The decision for (query head, sample,
             query row in the sample, key row in the sample) is a Philox number: equal on all backends and in backward.
         return_lse: also return the logarithm of the softmax's denominator.
-        backend: "cpu", "triton" or "reference"; None: chosen.
+        backend: "cpu", "triton" or "reference"; None: chosen. Other libraries where they are installed, on a GPU, for
+            one rule, FULL or CAUSAL, without dropout: "flash_attn"; "xformers", whose backward pass is not
+            deterministic. Neither is chosen by itself.
 
     Returns:
         out `[Tq, H, D]`, dtype of q (under autocast its dtype); with `return_lse` also lse float32 `[H, Tq]`, natural
@@ -80,17 +84,19 @@ def attention(
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if not math.isfinite(scale):
         raise ValueError(f"attention: softmax_scale is {scale}; expected a finite number")
-    chosen = _dispatch.choose(
-        "attention",
-        backend,
-        {
-            "cpu": lambda: _dispatch.cpu_refusal(
-                q, k, v, layout_q.cu_seqlens, dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.int32)
-            ),
-            "triton": lambda: _dispatch.triton_refusal(q, k, v, dtypes=(torch.float32, torch.bfloat16, torch.float16)),
-        },
-    )
-    if chosen == "reference":
+    refusals = {
+        "cpu": lambda: _dispatch.cpu_refusal(
+            q, k, v, layout_q.cu_seqlens, dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.int32)
+        ),
+        "triton": lambda: _dispatch.triton_refusal(q, k, v, dtypes=(torch.float32, torch.bfloat16, torch.float16)),
+    }
+    if backend is not None and backend not in _dispatch.BACKENDS:
+        call = (q, layout_q, layout_k, mask, softcap, dropout_p, return_lse)
+        refusals |= {name: lambda peer=peer: peer.refusal(*call) for name, peer in _PEERS.items()}
+    chosen = _dispatch.choose("attention", backend, refusals)
+    if chosen in _PEERS:
+        out, lse = _PEERS[chosen].attention(q, k, v, layout_q, layout_k, mask, scale, softcap, return_lse)
+    elif chosen == "reference":
         out, lse = _reference.attention(
             q,
             k,

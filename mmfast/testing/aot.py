@@ -2,9 +2,9 @@
 
     python -m mmfast.testing.aot [--target sm_90 ...] [--kernel attention ...] [--budget tests/aot_budget.txt] [--write]
 
-Each file of `mmfast.kernels` names launches in `examples()`. They run through Triton's own just-in-time path, with a
-stand-in for the GPU's driver that compiles and does not launch: types, alignment and configurations are those of a
-real call.
+`make aot-old` does so with the oldest Triton. Each file of `mmfast.kernels` names launches in `examples()`. They run
+through Triton's own just-in-time path, with a stand-in for the GPU's driver that compiles and does not launch: types,
+alignment and configurations are those of a real call.
 """
 
 from __future__ import annotations
