@@ -72,13 +72,14 @@ def build(folder: Path) -> Path:
     """Builds the package with all mutants, for the portable instruction set only; returns what to put on the path."""
     tree = folder / "tree"
     for name in ("csrc", "mmfast", "tests"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "_cpu*.so"))
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "_c*.so"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     instrument(tree / "csrc")
     environment = {
         **os.environ,
         "MMFAST_PORTABLE": "1",
+        "MMFAST_BUILD_CUDA": "0",
         "MMFAST_CXXFLAGS": f"-O1 -Wno-parentheses -include {tree / 'csrc/mutant.h'}",
     }
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
