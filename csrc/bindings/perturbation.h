@@ -43,12 +43,6 @@ struct Arguments {
   const std::vector<float>&step_values, &eps_values, &low, &high;
 };
 
-// The CPU's callers widen float16.
-constexpr const char* kDTypes = kHostReads ? "float32 or bfloat16" : "float32, bfloat16 or float16";
-inline bool takes(DType dtype) {
-  return dtype == DType::f32 || dtype == DType::bf16 || (dtype == DType::f16 && !kHostReads);
-}
-
 inline std::vector<PerturbTensor> tensors_of(const char* op, const Arguments& a, bool token, bool start) {
   const size_t count = a.delta.size();
   check(count > 0, op, ": delta holds no tensor");

@@ -1,7 +1,7 @@
 // x[t] = norm(tokens[source[t]] + type[modality[t]] + sum over axes a of table[a][position[t, a]]), and
 // backward. Sums in float32. A row is summed into a scratch row that stays in the first-level cache, then
 // normalised from there: tokens are read once and x is written once.
-#include "cpu/packing.h"
+#include "mmfast/packing.h"
 
 #include <omp.h>
 
