@@ -130,34 +130,29 @@ __device__ __forceinline__ void sum_row(const PackParams& p, const Row& row, flo
 }
 
 // Sums over the threads of a row, in an order that is always the same.
-class RowSum {
+class RowSums {
  public:
-  __device__ __forceinline__ float operator()(float x) {
-    float none = 0;
-    add(x, none);
-    return x;
-  }
-
-  __device__ __forceinline__ void add(float& x, float& y) {
+  template <int n>
+  __device__ __forceinline__ void operator()(float (&x)[n]) {
     const int threads = int(blockDim.x);
     for (int bits = threads < 32 ? threads / 2 : 16; bits; bits /= 2) {
-      x += __shfl_xor_sync(kAll, x, bits);
-      y += __shfl_xor_sync(kAll, y, bits);
+#pragma unroll
+      for (int i = 0; i < n; ++i) x[i] += __shfl_xor_sync(kAll, x[i], bits);
     }
     if (threads <= 32) return;
     // Two buffers by turns: who writes one again has met all that read it at the barrier between.
-    __shared__ float of_warp[2][2][32];
+    __shared__ float of_warp[2][n][32];
     turn_ ^= 1;
-    if (threadIdx.x % 32 == 0) {
-      of_warp[turn_][0][threadIdx.x / 32] = x;
-      of_warp[turn_][1][threadIdx.x / 32] = y;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (threadIdx.x % 32 == 0) of_warp[turn_][i][threadIdx.x / 32] = x[i];
+      x[i] = 0;
     }
     __syncthreads();
-    x = y = 0;
 #pragma unroll 1
     for (int w = 0; w < threads / 32; ++w) {
-      x += of_warp[turn_][0][w];
-      y += of_warp[turn_][1][w];
+#pragma unroll
+      for (int i = 0; i < n; ++i) x[i] += of_warp[turn_][i][w];
     }
   }
 
@@ -178,24 +173,26 @@ __global__ void __launch_bounds__(block_limit(V* N)) forward_kernel(const __grid
     if (row.there) sum_row<T, P>(p, row, x);
   }
   if (p.norm != Norm::none) {
-    RowSum over_row;
-    float sum = 0, square = 0, mean = 0;
+    RowSums over_row;
+    float sum[1] = {}, square[1] = {}, mean = 0;
     if (p.norm == Norm::layer) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
 #pragma unroll
-        for (int i = 0; i < V; ++i) sum += x[k][i];
+        for (int i = 0; i < V; ++i) sum[0] += x[k][i];
       }
-      mean = over_row(sum) / float(dim);
+      over_row(sum);
+      mean = sum[0] / float(dim);
     }
     for_columns<V, N>(dim, [&](int k, int) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         x[k][i] -= mean;
-        square += x[k][i] * x[k][i];
+        square[0] += x[k][i] * x[k][i];
       }
     });
-    const float rstd = 1.0f / sqrtf(over_row(square) / float(dim) + p.eps);
+    over_row(square);
+    const float rstd = 1.0f / sqrtf(square[0] / float(dim) + p.eps);
     if (exists && threadIdx.x == 0) {
       if (p.norm == Norm::layer) p.mean[t] = mean;
       p.rstd[t] = rstd;
@@ -323,7 +320,7 @@ __global__ void __launch_bounds__(block_limit(V* N), V* N == kFew ? 5 : 1)
 
   OwnSums<V, N> sums(s);
   float run[N][V] = {};
-  RowSum over_row;
+  RowSums over_row;
   Row next = row_at(s, m, begin, end);
   // As often in all threads of a warp, which may have several chunks: they sum over rows together.
   for (int64_t i = begin; i < begin + s.of.chunk_rows; ++i) {
@@ -332,7 +329,7 @@ __global__ void __launch_bounds__(block_limit(V* N), V* N == kFew ? 5 : 1)
     float d[N][V] = {};
     if (row.there) fetch<T>(p.x, row.t * p.x_stride, dim, d);
     if (p.norm != Norm::none) {
-      float y[N][V] = {}, rstd = 0, mean = 0, along = 0, sum = 0;
+      float y[N][V] = {}, rstd = 0, mean = 0, along[2] = {};  // of d with y, and with ones
       if (row.there) {
         rstd = p.rstd[row.t];
         if (p.norm == Norm::layer) mean = p.mean[row.t];
@@ -347,18 +344,17 @@ __global__ void __launch_bounds__(block_limit(V* N), V* N == kFew ? 5 : 1)
           y[k][j] = (y[k][j] - mean) * rstd;
           product[j] = d[k][j] * y[k][j];
           d[k][j] *= weight[j];
-          along += d[k][j] * y[k][j];
-          sum += d[k][j];
+          along[0] += d[k][j] * y[k][j];
+          along[1] += d[k][j];
         }
         sums.add(kWeight, k, product);
       });
-      over_row.add(along, sum);
-      along /= float(dim);
-      sum = p.norm == Norm::layer ? sum / float(dim) : 0.0f;
+      over_row(along);
+      const float product = along[0] / float(dim), sum = p.norm == Norm::layer ? along[1] / float(dim) : 0.0f;
 #pragma unroll
       for (int k = 0; k < N; ++k) {
 #pragma unroll
-        for (int j = 0; j < V; ++j) d[k][j] = (d[k][j] - sum - y[k][j] * along) * rstd;
+        for (int j = 0; j < V; ++j) d[k][j] = (d[k][j] - sum - y[k][j] * product) * rstd;
       }
     }
     if (row.there && part.dtokens) put<T>(part.dtokens, row.at * p.dim, dim, d);
