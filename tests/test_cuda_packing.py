@@ -330,11 +330,37 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.mmfast.scatter_rows.default, (rows[:4], index, [7], "cuda"))
 
 
-def test_backends_agree_on_the_choice():
-    """Without being asked for, the CUDA kernels do not run."""
-    x = torch.randn(4, 8, device=DEVICE)
+def test_second_derivative_raises():
+    leaf = torch.randn(4, 8, device=DEVICE, requires_grad=True)
+    y, _ = pack({"a": (leaf, [4])}, norm=RMSNorm(), backend="cuda")
+    (grad,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
     with pytest.raises(NotImplementedError, match="reference"):
-        leaf = x.clone().requires_grad_()
-        y, _ = pack({"a": (leaf, [4])}, norm=RMSNorm(), backend="cuda")
-        (grad,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
         grad.sum().backward()
+
+
+def test_compile():
+    """Ragged batches, both directions: at most two compilations."""
+    torch.compiler.reset()
+    linear, types = torch.nn.Linear(8, 16).to(DEVICE), torch.randn(2, 8, device=DEVICE)
+    norm, table = torch.nn.LayerNorm(8).to(DEVICE), torch.randn(9, 8, device=DEVICE, requires_grad=True)
+
+    def step(image, text, lengths_image, lengths_text):
+        parts = {"image": (linear(image)[:, :8], lengths_image), "text": (text, lengths_text)}
+        x, layout = pack(parts, type_embedding=types, position_embedding={"text": table}, norm=norm, backend="cuda")
+        padded = to_padded(x, layout, length=30, backend="cuda")
+        return padded.square().sum(), unpack(x, layout, backend="cuda")["text"]
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for number in range(4):
+        g = torch.Generator().manual_seed(number)
+        lengths = torch.randint(1, 10, (2, 3 + number), generator=g, dtype=torch.int32)
+        image, text = (torch.randn(int(n.sum()), 8, generator=g).to(DEVICE) for n in lengths)
+        results = []
+        for function in (compiled, step):
+            loss, back = function(image, text, *lengths.to(DEVICE))
+            results.append((loss, back, *torch.autograd.grad(loss, [*linear.parameters(), *norm.parameters(), table])))
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 2
+    torch.compiler.reset()

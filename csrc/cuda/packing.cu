@@ -54,31 +54,34 @@ __device__ __forceinline__ void for_columns(int dim, const F& f) {
   }
 }
 
-// A row at element `at` of p; zeros behind its end.
+// A row as it is stored: its first `end` elements, then zeros. Rows that are loaded behind each other are on
+// their way at once; the first use of a number waits.
 template <class S, int V, int N>
-__device__ __forceinline__ void fetch(const void* p, int64_t at, int dim, float (&x)[N][V]) {
-#pragma unroll
-  for (int k = 0; k < N; ++k) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) x[k][i] = 0;
+struct StoredRow {
+  Stored<S, V> piece[N];
+
+  __device__ __forceinline__ void load(const void* p, int64_t at, int end) {
+    for_columns<V, N>(end, [&](int k, int column) { piece[k].load(static_cast<const S*>(p) + at + column); });
   }
-  for_columns<V, N>(dim, [&](int k, int column) { read(static_cast<const S*>(p) + at + column, x[k]); });
-}
+  __device__ __forceinline__ void copy_to(float (&x)[N][V]) const {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) x[k][i] = piece[k][i];
+    }
+  }
+  __device__ __forceinline__ void add_to(float (&x)[N][V]) const {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) x[k][i] += piece[k][i];
+    }
+  }
+};
 
 template <class S, int V, int N>
 __device__ __forceinline__ void put(void* p, int64_t at, int dim, const float (&x)[N][V]) {
   for_columns<V, N>(dim, [&](int k, int column) { write(static_cast<S*>(p) + at + column, x[k]); });
-}
-
-template <class S, int V, int N>
-__device__ __forceinline__ void add(const void* p, int64_t at, int dim, float (&x)[N][V]) {
-  float y[N][V];
-  fetch<S>(p, at, dim, y);
-#pragma unroll
-  for (int k = 0; k < N; ++k) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) x[k][i] += y[k][i];
-  }
 }
 
 // Parameters of the norm, or what stands for those that are not given.
@@ -89,45 +92,80 @@ __device__ __forceinline__ void read_or(const void* p, int column, float otherwi
   if (p) read(static_cast<const P*>(p) + column, x);
 }
 
-// Where row t of x comes from; a row of no part is taken for zeros.
-struct Row {
-  int64_t t = 0, at = 0;  // row of x, row of the part
-  int part = 0;
-  bool there = false;
+// What is known of row t of x, as it is read.
+struct Index {
+  int64_t t, source = 0;
+  int part = PackParams::kMaxParts;
+  int position[PackPart::kMaxAxes] = {};
 };
 
-__device__ __forceinline__ Row row_of(const PackParams& p, int64_t t) {
+__device__ __forceinline__ Index index_of(const PackParams& p, int64_t t) {
+  Index index;
+  index.t = t;
+  const bool exists = t >= 0 && t < p.rows;
+  if (exists) index.part = p.modality[t];
+  if (exists) index.source = p.source[t];
+#pragma unroll
+  for (int a = 0; a < PackPart::kMaxAxes; ++a)
+    if (exists && a < p.axes) index.position[a] = p.position[t * p.axes + a];
+  return index;
+}
+
+// Where row t of x comes from; a row of no part is taken for zeros.
+struct Row {
+  int64_t t, at;  // row of x, row of the part
+  int part;
+  bool there;
+  int place[PackPart::kMaxAxes];  // rows of the part's tables, negative for none: outside a table nothing is
+                                  // added
+};
+
+__device__ __forceinline__ Row row_of(const PackParams& p, const Index& index) {
   Row row;
-  row.t = t;
-  const int part = p.modality[t];
-  const int64_t source = p.source[t];
-  if (part < p.parts) {
-    row.part = part;
-    row.at = source - p.part[part].first;
-    row.there = row.at >= 0 && row.at < p.part[part].rows;
+  row.t = index.t;
+  row.part = index.part < p.parts ? index.part : 0;
+  const PackPart& part = p.part[row.part];
+  row.at = index.source - part.first;
+  row.there = index.part < p.parts && row.at >= 0 && row.at < part.rows;
+#pragma unroll
+  for (int a = 0; a < PackPart::kMaxAxes; ++a) {
+    const int n = index.position[a];
+    row.place[a] = row.there && a < part.tables && n < part.table_rows[a] ? n : -1;
   }
   return row;
 }
 
-// The row of the part's table of an axis, or -1: outside the table nothing is added.
-__device__ __forceinline__ int64_t place_of(const PackParams& p, const Row& row, int axis) {
-  const int64_t n = p.position[row.t * p.axes + axis];
-  return n < p.part[row.part].table_rows[axis] ? n : -1;
-}
-
-// The sum before the norm.
+// What is summed before the norm. Tokens and type embedding are loaded at once, unless numbers are read one
+// by one and fill the registers; the rows of tables follow.
 template <class T, class P, int V, int N>
-__device__ __forceinline__ void sum_row(const PackParams& p, const Row& row, float (&x)[N][V]) {
-  const PackPart& part = p.part[row.part];
-  const int dim = int(p.dim);
-  fetch<T>(part.tokens, row.at * part.stride, dim, x);
-  if (p.type) add<P>(p.type, row.part * p.dim, dim, x);
-#pragma unroll 1
-  for (int a = 0; a < part.tables; ++a) {
-    const int64_t n = place_of(p, row, a);
-    if (n >= 0) add<P>(part.table[a], n * part.table_stride[a], dim, x);
+struct Terms {
+  static constexpr bool kAtOnce = V > 1;
+  StoredRow<T, V, N> tokens;
+  StoredRow<P, V, N> type;
+
+  __device__ __forceinline__ Terms(const PackParams& p, const Row& row, int end) {
+    const PackPart& part = p.part[row.part];
+    tokens.load(part.tokens, row.at * part.stride, end);
+    if (kAtOnce) type.load(p.type, row.part * p.dim, p.type ? end : 0);
   }
-}
+
+  __device__ __forceinline__ void sum(const PackParams& p, const Row& row, int end, float (&x)[N][V]) const {
+    const PackPart& part = p.part[row.part];
+    const auto add = [&](const void* table, int64_t at) {
+      StoredRow<P, V, N> stored;
+      stored.load(table, at, end);
+      stored.add_to(x);
+    };
+    tokens.copy_to(x);
+    if (kAtOnce)
+      type.add_to(x);
+    else if (p.type)
+      add(p.type, row.part * p.dim);
+#pragma unroll
+    for (int a = 0; a < PackPart::kMaxAxes; ++a)
+      if (row.place[a] >= 0) add(part.table[a], row.place[a] * part.table_stride[a]);
+  }
+};
 
 // Sums over the threads of a row, in an order that is always the same.
 class RowSums {
@@ -167,11 +205,10 @@ __global__ void __launch_bounds__(block_limit(V* N)) forward_kernel(const __grid
   const int64_t t = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int dim = int(p.dim);
   const bool exists = t < p.rows;
-  float x[N][V] = {};
-  if (exists) {
-    const Row row = row_of(p, t);
-    if (row.there) sum_row<T, P>(p, row, x);
-  }
+  const Row row = row_of(p, index_of(p, t));
+  const int end = row.there ? dim : 0;
+  float x[N][V];
+  Terms<T, P, V, N>(p, row, end).sum(p, row, end, x);
   if (p.norm != Norm::none) {
     RowSums over_row;
     float sum[1] = {}, square[1] = {}, mean = 0;
@@ -222,16 +259,6 @@ __device__ __forceinline__ int64_t begin_of(const Pass& s, int m, int64_t chunk)
 
 __device__ __forceinline__ int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
-}
-
-// The row that is read at place i of part m's, if any.
-__device__ __forceinline__ Row row_at(const Pass& s, int m, int64_t i, int64_t end) {
-  Row row;
-  if (i >= end) return row;
-  const int64_t t = s.of.order[i];
-  if (t >= 0 && t < s.p.rows) row = row_of(s.p, t);
-  row.there = row.there && row.part == m;
-  return row;
 }
 
 // Where the sum of the run that ends at place i goes: the gradient's row, or the carry.
@@ -307,7 +334,7 @@ class OwnSums {
 };
 
 template <class T, class P, int V, int N>
-__global__ void __launch_bounds__(block_limit(V* N), V* N == kFew ? 5 : 1)
+__global__ void __launch_bounds__(block_limit(V* N), V* N == kFew ? 4 : 1)
     backward_kernel(const __grid_constant__ Pass s) {
   const PackParams& p = s.p;
   const int64_t chunk = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -321,20 +348,33 @@ __global__ void __launch_bounds__(block_limit(V* N), V* N == kFew ? 5 : 1)
   OwnSums<V, N> sums(s);
   float run[N][V] = {};
   RowSums over_row;
-  Row next = row_at(s, m, begin, end);
+  const auto order_at = [&](int64_t i) { return i < end ? s.of.order[i] : int64_t(-1); };
+  // What is known of a row is read while the row before is on its way, where registers allow it.
+  constexpr bool kAhead = V > 1;
+  int64_t after_next = order_at(begin + kAhead);
+  Index next = index_of(p, kAhead ? order_at(begin) : -1);
   // As often in all threads of a warp, which may have several chunks: they sum over rows together.
-  for (int64_t i = begin; i < begin + s.of.chunk_rows; ++i) {
-    const Row row = next;
-    next = row_at(s, m, i + 1, end);  // its addresses are known when this row is done
-    float d[N][V] = {};
-    if (row.there) fetch<T>(p.x, row.t * p.x_stride, dim, d);
+  for (int r = 0; r < s.of.chunk_rows; ++r) {
+    const int64_t i = begin + r;
+    if (!kAhead) next = index_of(p, order_at(i));
+    Row row = row_of(p, next);
+    row.there = row.there && row.part == m;
+    const int row_end = row.there ? dim : 0;
+    StoredRow<T, V, N> gradient;
+    if (kAhead) gradient.load(p.x, row.t * p.x_stride, row_end);
+    const Terms<T, P, V, N> terms(p, row, p.norm != Norm::none ? row_end : 0);
+    if (kAhead) {
+      next = index_of(p, after_next);
+      after_next = order_at(i + 2);
+    }
+    float d[N][V], y[N][V] = {};
+    if (p.norm != Norm::none) terms.sum(p, row, row_end, y);
+    if (!kAhead) gradient.load(p.x, row.t * p.x_stride, row_end);
+    gradient.copy_to(d);
     if (p.norm != Norm::none) {
-      float y[N][V] = {}, rstd = 0, mean = 0, along[2] = {};  // of d with y, and with ones
-      if (row.there) {
-        rstd = p.rstd[row.t];
-        if (p.norm == Norm::layer) mean = p.mean[row.t];
-        sum_row<T, P>(p, row, y);
-      }
+      const float rstd = row.there ? p.rstd[row.t] : 0;
+      const float mean = row.there && p.norm == Norm::layer ? p.mean[row.t] : 0;
+      float along[2] = {};  // of d with y, and with ones
       for_columns<V, N>(dim, [&](int k, int column) {
         float weight[V], product[V];
         read_or<P>(p.weight, column, 1, weight);
@@ -441,11 +481,11 @@ __global__ void __launch_bounds__(kBlock) keys_kernel(const __grid_constant__ Ke
   const int axis = k.s.of.axis;
   const int64_t t = int64_t(blockIdx.x) * kBlock + threadIdx.x;
   if (t >= p.rows) return;
-  const Row row = row_of(p, t);
+  const Row row = row_of(p, index_of(p, t));
   const PackPart& part = p.part[row.part];
   int64_t n = 0;
   if (has_keys(part, axis)) {
-    n = place_of(p, row, axis);
+    n = axis == 0 ? row.place[0] : axis == 1 ? row.place[1] : row.place[2];
     if (n < 0) n = part.table_rows[axis];  // behind the table: a run that is not written
   }
   k.key[t] = int32_t(k.s.first_key[row.part] + n);

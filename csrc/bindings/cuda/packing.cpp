@@ -68,7 +68,7 @@ void bind_packing(py::module_& m) {
            const TensorView& weight, const TensorView& bias, const TensorView& mean, const TensorView& rstd,
            const Views& dtokens, const TensorView& dtype_embedding, const Views& dtables,
            const TensorView& dweight, const TensorView& dbias, const std::vector<int64_t>& sizes, int axis,
-           const TensorView& order, const TensorView& key, int64_t chunk_rows, const TensorView& workspace,
+           const TensorView& order, const TensorView& key, int32_t chunk_rows, const TensorView& workspace,
            uintptr_t stream) {
           const char* op = "pack_backward";
           const PackParams p = packing::backward_params(

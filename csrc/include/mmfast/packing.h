@@ -77,7 +77,7 @@ struct PackOrder {
   int axis = -1;                   // whose tables' gradients are added up, or -1: none
   const int64_t* order = nullptr;  // [rows], place in that order -> row of x; entries outside x are skipped
   const int32_t* key = nullptr;    // [rows], sorted numbers of pack_keys(), or null where axis is -1
-  int64_t chunk_rows = 1;          // rows whose sums are taken by one group of threads
+  int32_t chunk_rows = 1;          // rows whose sums are taken by one group of threads
   float* workspace = nullptr;  // [sums, chunks, dim]: a sum for each of dweight, dbias and dtype_embedding
                                // that is wanted, two more where there are keys; chunks of each part
 };
