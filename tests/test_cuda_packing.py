@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cuda_cases import DEVICE, DTYPES, cuda_kernels, cuda_module, needs_cuda  # noqa: F401
-from test_packing import batch, convert, leaves_of, part
+from test_packing import batch, check_float16_fill, convert, leaves_of, part
 
 from mmfast import LayerNorm, Layout, Part, RMSNorm, _native, from_padded, pack, to_padded, unpack
 from mmfast.ops import _pack_layout, _pack_op, packing
@@ -24,6 +24,14 @@ def moved(x):
     if isinstance(x, (tuple, list)):
         return type(x)(moved(v) for v in x)
     return x.to(DEVICE) if torch.is_tensor(x) else x
+
+
+def amid_nan(x):
+    """Rows between rows of NaN."""
+    x = x.to(DEVICE)
+    wide = x.new_full((x.shape[0] + 2, *x.shape[1:]), float("nan"))
+    wide[1:-1] = x
+    return wide[1:-1]
 
 
 def run(parts, kwargs, grad, backend):
@@ -196,27 +204,48 @@ def test_a_wrong_position_touches_no_foreign_memory(monkeypatch):
     """Unless values are checked, a position outside its table adds nothing, and gets no gradient."""
     for module in (packing, _pack_layout):
         monkeypatch.setattr(module, "checks_values", lambda device: False)
-    positions = torch.tensor([[0], [1 << 30], [-5], [1]], dtype=torch.int32)
-    parts, tables = moved({"a": part(positions=positions)}), moved({"a": torch.ones(9, 8).requires_grad_()})
-    x, _ = pack(parts, position_embedding=tables, backend="cuda")
-    assert x[:, 0].tolist() == [1, 0, 0, 1]
-    (grad,) = torch.autograd.grad(x.sum(), tables["a"])
+    positions = torch.tensor([[0], [1 << 30], [-1], [1], [9]], dtype=torch.int32)
+    table = amid_nan(torch.ones(9, 8)).requires_grad_()
+    parts = moved({"a": part(rows=5, lengths=(5,), positions=positions)})
+    x, _ = pack(parts, position_embedding={"a": table}, backend="cuda")
+    assert x[:, 0].tolist() == [1, 0, 0, 1, 0]
+    (grad,) = torch.autograd.grad(x.sum(), table)
     assert grad[:, 0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_wrong_rows_touch_no_foreign_memory():
     """A source outside its part, a part that is none: such rows are zero, and the others get their gradients."""
-    tokens = [torch.ones(3, 8), torch.full((2, 8), 2.0)]
-    tokens = [t.to(DEVICE).requires_grad_() for t in tokens]
-    source = torch.tensor([0, 1 << 40, 2, 3, -1], device=DEVICE)
-    modality = torch.tensor([0, 0, 0, 1, 200], dtype=torch.uint8, device=DEVICE)
-    rest = (source, modality, None, None, [], [0, 0, 0], ["a", "b"])
+    tokens = [amid_nan(torch.full((n, 8), float(n))).requires_grad_() for n in (3, 2, 4)]
+    source = torch.tensor([0, 1 << 40, 2, 3, 2, 5, -1, 4, 8], device=DEVICE)
+    modality = torch.tensor([0, 0, 0, 1, 1, 1, 0, 200, 2], dtype=torch.uint8, device=DEVICE)
+    rest = (source, modality, None, None, [], [0, 0, 0, 0], ["a", "b", "c"])
     x, *_ = _pack(tokens, *rest, 0, None, None, 0.0, "cuda")
-    assert x[:, 0].tolist() == [1, 0, 1, 2, 0]
+    assert x[:, 0].tolist() == [3, 0, 3, 2, 0, 0, 0, 0, 4]
     weight = torch.ones(8, device=DEVICE)
     x, _, rstd = _pack(tokens, *rest, 2, weight, None, 1e-6, "cuda")
-    a, b = torch.autograd.grad(x.sum(), tokens)
-    assert torch.isfinite(rstd).all() and torch.isfinite(a[[0, 2]]).all() and torch.isfinite(b[0]).all()
+    a, b, c = torch.autograd.grad(x.sum(), tokens)
+    assert torch.isfinite(rstd).all()
+    assert all(torch.isfinite(g).all() for g in (a[[0, 2]], b[0], c[3]))
+
+
+def test_rows_of_the_wrong_part_touch_no_foreign_memory():
+    """More rows of the first part than it has: one lies where the second part's rows are looked for."""
+    module, tokens = _native.cuda(), torch.ones(4, 8, device=DEVICE)
+    source = torch.arange(4, device=DEVICE)
+    modality = torch.tensor([0, 0, 0, 1], dtype=torch.uint8, device=DEVICE)
+    position = torch.tensor([[0], [0], [5], [1]], dtype=torch.int32, device=DEVICE)
+    tables, grads = ([amid_nan(torch.zeros(n, 8)) for n in (1, 2)] for _ in range(2))
+    call = (tokens, [], source, modality, position, None, tables, [0, 1, 2], ["a", "b"], 0, None, None, None, None)
+    wanted = ([None, None], None, grads, None, None, [2, 2], 0)
+    key = torch.empty(4, dtype=torch.int32, device=DEVICE)
+    module.pack_keys(*call, *wanted, key, 0)
+    assert key.tolist() == [0, 0, 1, 3]
+    for chunk_rows in (1, 16):
+        workspace = torch.empty(2 * 4 * 8, device=DEVICE)
+        module.pack_backward(*call, *wanted, torch.arange(4, device=DEVICE), key, chunk_rows, workspace, 0)
+        assert grads[0][0, 0] == 2 and grads[1][:, 0].tolist() == [0, 1]
+        for grad in grads:
+            assert grad._base[[0, -1]].isnan().all()
 
 
 def test_the_module_checks_what_python_does_not():
@@ -248,7 +277,7 @@ def test_the_module_checks_what_python_does_not():
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool], ids=str)
-@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 8), (2, 520)])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 8), (3, 1500)])
 def test_rows_of_any_dtype(dtype, shape):
     """Pieces of 1, 2, 4 and 16 bytes, one and several to a thread."""
     layout = Layout.from_lengths([3, 0, 5, 1]).to(DEVICE)
@@ -259,16 +288,8 @@ def test_rows_of_any_dtype(dtype, shape):
     assert torch.equal(from_padded(padded, layout, 9, backend="cuda"), x)
 
 
-@pytest.mark.parametrize("value", [-1e-7, 6e-8, 2e-8, 0.1, -3.3, 65519.0, 65520.0, -1e9, float("nan"), float("inf")])
-@pytest.mark.parametrize("backend", ["cuda", "cpu"])
-def test_float16_is_filled_with_the_nearest(value, backend):
-    layout = Layout.from_lengths([1, 0])
-    x = torch.zeros(1, 3, dtype=torch.float16)
-    if backend == "cuda":
-        layout, x = layout.to(DEVICE), x.to(DEVICE)
-    padded = to_padded(x, layout, length=1, value=value, backend=backend)
-    want = torch.full((3,), value).half()
-    assert torch.equal(padded[1, 0].cpu().nan_to_num(7.0), want.nan_to_num(7.0))
+def test_float16_is_filled_with_the_nearest():
+    check_float16_fill("cuda", DEVICE)
 
 
 def test_rows_wide_strided_and_outside():
@@ -286,14 +307,15 @@ def test_rows_wide_strided_and_outside():
 
 
 def test_rows_from_several_tensors_and_outside():
-    parts = [torch.randn(n, 5, device=DEVICE) for n in (3, 0, 4, 1)]
+    parts = [amid_nan(torch.randn(n, 5)) for n in (3, 0, 4, 1)]
     index = torch.tensor([7, 0, 3, 2, 6, -1, 4, 1, 5, 2, 8, 1 << 40], device=DEVICE)
     inside = (index >= 0) & (index < 8)
     wanted = torch.cat(parts)[torch.where(inside, index, 0)] * inside[:, None]
     assert torch.equal(torch.ops.mmfast.gather_rows.default(parts, index, 0.0, "cuda"), wanted)
-    first, second = torch.ops.mmfast.scatter_rows.default(parts[2], index[6:10], [3, 4], "cuda")
-    assert torch.equal(torch.cat([first, second])[[4, 1, 5, 2]], parts[2])
-    assert not torch.cat([first, second])[[0, 3, 6]].any()
+    index = torch.tensor([4, 1, 6, 7], device=DEVICE)  # the last is outside
+    outs = torch.ops.mmfast.scatter_rows.default(parts[2], index, [3, 4], "cuda")
+    assert torch.equal(torch.cat(outs)[index[:3]], parts[2][:3])
+    assert not torch.cat(outs)[[0, 2, 3, 5]].any()
 
 
 def test_unpack_twice_differentiable():

@@ -88,6 +88,11 @@ __device__ __forceinline__ int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
+// Whether the pass adds up gradients of this part's table; if not, all its rows have one key.
+__host__ __device__ __forceinline__ bool has_keys(const PackPart& part, int axis) {
+  return axis < part.tables && part.dtable[axis];
+}
+
 // Where the sum of the run that ends at place i goes: the gradient's row, or the carry.
 template <class P, int V, int N>
 __device__ __forceinline__ void put_run(const Pass& s, int m, int64_t chunk, int64_t begin, int64_t i,
@@ -96,7 +101,7 @@ __device__ __forceinline__ void put_run(const Pass& s, int m, int64_t chunk, int
   const int dim = int(s.p.dim), axis = s.of.axis;
   const int32_t mine = s.of.key[i];
   const int64_t n = mine - s.first_key[m];
-  if (axis >= part.tables || !part.dtable[axis] || n >= part.table_rows[axis]) return;
+  if (!has_keys(part, axis) || n < 0 || n >= part.table_rows[axis]) return;  // negative: another part's row
   const bool from_before = begin > part.first && s.of.key[begin - 1] == mine;
   const bool goes_on = i + 1 == end && end < part.first + part.rows && s.of.key[end] == mine;
   if (from_before || goes_on)
@@ -250,11 +255,11 @@ __global__ void __launch_bounds__(kBlock) join_kernel(const __grid_constant__ Pa
   const int m = part_of_chunk(s, chunk), axis = s.of.axis;
   const PackPart& part = s.p.part[m];
   const int64_t begin = begin_of(s, m, chunk), end = begin + s.of.chunk_rows;
-  if (axis >= part.tables || !part.dtable[axis] || end >= part.first + part.rows || column >= s.p.dim) return;
+  if (!has_keys(part, axis) || end >= part.first + part.rows || column >= s.p.dim) return;
   const int32_t mine = s.of.key[end];
   if (s.of.key[end - 1] != mine || (begin > part.first && s.of.key[begin - 1] == mine)) return;
   const int64_t n = mine - s.first_key[m];
-  if (n >= part.table_rows[axis]) return;
+  if (n < 0 || n >= part.table_rows[axis]) return;
   int64_t last = chunk + 1, beyond = s.first_chunk[m + 1];  // keys ascend
   while (beyond - last > 1) {
     const int64_t middle = (last + beyond) / 2;
@@ -297,11 +302,6 @@ struct Keys {
   Pass s;
   int32_t* key;  // [rows]
 };
-
-// Whether the pass adds up gradients of this part's table; if not, all its rows have one key.
-__host__ __device__ __forceinline__ bool has_keys(const PackPart& part, int axis) {
-  return axis < part.tables && part.dtable[axis];
-}
 
 __global__ void __launch_bounds__(kBlock) keys_kernel(const __grid_constant__ Keys k) {
   const PackParams& p = k.s.p;

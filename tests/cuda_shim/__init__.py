@@ -30,8 +30,9 @@ _FLAGS = (
 )
 
 
-def build(sources: Path = ROOT / "csrc", flags: str = "", name: str = "_cuda") -> Path:
-    """The module's file; compiles what changed. `sources` is csrc, or a copy of it."""
+def build(sources: Path = ROOT / "csrc", flags: str | None = None, name: str = "_cuda") -> Path:
+    """The module's file; compiles what changed. `sources` is csrc, or a copy of it; flags None: MMFAST_CXXFLAGS."""
+    flags = os.environ.get("MMFAST_CXXFLAGS", "") if flags is None else flags
     bindings = [sources / "bindings/torch_tensor.cpp", *sorted((sources / "bindings/cuda").glob("*.cpp"))]
     return compile_module(name, sorted((sources / "cuda").glob("*.cu")), bindings, sources, flags)
 
@@ -74,8 +75,9 @@ def compile_module(name: str, kernels: list[Path], bindings: list[Path], sources
 
 
 def load(path: Path) -> ModuleType:
-    name = path.name.split(".")[0]
-    spec = importlib.util.spec_from_file_location(f"mmfast.{name}", path)
+    # A name of its own: pybind11 gives what it has made under a name before.
+    name = f"cuda_shim.{path.parent.name}.{path.name.split('.')[0]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
