@@ -306,6 +306,19 @@ def test_rows_wide_strided_and_outside():
     assert not packed[[0, 3, 9, 10]].any() and torch.equal(packed[1:3], x[1:3])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, *DTYPES], ids=str)
+@pytest.mark.parametrize("first", [0, 7, 16])
+def test_rows_amid_others(dtype, first):
+    """Rows any stride apart, aligned to 16 bytes and not; scattered back, and there again."""
+    layout = Layout.from_lengths([3, 0, 5, 1]).to(DEVICE)
+    wide = (torch.randn(9, 80) * 3).abs().to(DEVICE, dtype)
+    x = wide[:, first : first + 48]
+    padded = to_padded(x, layout, length=5, backend="cuda")
+    assert torch.equal(padded, to_padded(x, layout, length=5, backend="reference"))
+    packed = from_padded(padded[:, :, 16:40], layout, 9, backend="cuda")
+    assert torch.equal(packed, x[:, 16:40])
+
+
 def test_rows_from_several_tensors_and_outside():
     parts = [amid_nan(torch.randn(n, 5)) for n in (3, 0, 4, 1)]
     index = torch.tensor([7, 0, 3, 2, 6, -1, 4, 1, 5, 2, 8, 1 << 40], device=DEVICE)
