@@ -13,7 +13,9 @@ from types import ModuleType
 import torch  # before the compiled module, so that both use one OpenMP runtime
 
 _cpu: ModuleType | None
+_cuda: ModuleType | None
 cpu_refusal: str | None
+cuda_refusal: str | None
 
 try:
     from mmfast import _cpu
@@ -27,11 +29,47 @@ except ImportError as error:
     )
 
 
+try:
+    from mmfast import _cuda
+
+    cuda_refusal = None
+except ImportError as error:
+    _cuda = None
+    cuda_refusal = (
+        f"the compiled module mmfast._cuda cannot be imported ({error}); "
+        "install the CUDA toolkit (nvcc) and reinstall mmfast to get the CUDA kernels"
+    )
+
+
 def cpu() -> ModuleType:
     """The compiled CPU kernels. Raises RuntimeError with the reason where they are missing."""
     if _cpu is None:
         raise RuntimeError(f"mmfast: {cpu_refusal}")
     return _cpu
+
+
+def cuda() -> ModuleType:
+    """The compiled CUDA kernels. Raises RuntimeError with the reason where they are missing."""
+    if _cuda is None:
+        raise RuntimeError(f"mmfast: {cuda_refusal}")
+    return _cuda
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """The handle of the current stream of the tensor's device, for `cuda()`'s functions; 0 on the CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+@contextlib.contextmanager
+def use_cuda(module: ModuleType):
+    """Within the context `cuda()` is another module. For tests, which build one that runs on the CPU."""
+    global _cuda, cuda_refusal
+    before = _cuda, cuda_refusal
+    _cuda, cuda_refusal = module, None
+    try:
+        yield
+    finally:
+        _cuda, cuda_refusal = before
 
 
 # From this size on glibc maps every block anew (its M_MMAP_THRESHOLD grows to 32 MiB at most), and each of its pages is
@@ -84,4 +122,15 @@ def available_isas() -> tuple[str, ...]:
     return names[: names.index(cpu().best_isa()) + 1]
 
 
-__all__ = ["available_isas", "cpu", "cpu_refusal", "empty", "torch", "use_isa"]
+__all__ = [
+    "available_isas",
+    "cpu",
+    "cpu_refusal",
+    "cuda",
+    "cuda_refusal",
+    "empty",
+    "stream_of",
+    "torch",
+    "use_cuda",
+    "use_isa",
+]

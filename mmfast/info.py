@@ -64,7 +64,7 @@ def _backends() -> dict[str, str]:
     else:
         lines["cpu"] = f"refused: {_native.cpu_refusal}"
     lines["triton"] = _triton()
-    lines["cuda"] = "not in this version of mmfast"
+    lines["cuda"] = _cuda()
     lines["reference"] = "runs everywhere (plain PyTorch, slow)"
     for name, peer in (("flash_attn", flash_attn), ("xformers", xformers)):
         reason = peer.installed()
@@ -83,6 +83,17 @@ def _triton() -> str:
         return "refused: there is no GPU that torch can use; TRITON_INTERPRET=1 interprets the kernels on the CPU"
     reason = _dispatch.gpu_refusal(torch.cuda.current_device())
     return f"refused: {reason}" if reason else "runs on the GPU"
+
+
+def _cuda() -> str:
+    if _native.cuda_refusal is not None:
+        return f"refused: {_native.cuda_refusal}"
+    if torch.version.hip is not None:
+        return "refused: built, but for NVIDIA's GPUs only"
+    if not torch.cuda.is_available():
+        return "refused: built, but there is no GPU that torch can use"
+    reason = _dispatch.gpu_refusal(torch.cuda.current_device())
+    return f"refused: {reason}" if reason else 'built; runs where backend="cuda" or MMFAST_BACKEND=cuda asks for it'
 
 
 def _data_sets() -> dict[str, str]:

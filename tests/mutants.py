@@ -4,7 +4,7 @@
 
 All mutants are compiled into one module and chosen at run time by a number (mutant schemata: Untch, Offutt, Harrold,
 Mutation analysis using mutant schemata, ISSTA 1993). mutants.txt lists them; the piece of source that each quotes must
-occur once in its file.
+occur once in its file. CUDA's kernels are compiled for the CPU (cuda_shim).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ TESTS = {
     "packing": ("test_packing.py",),
     "perturbation": ("test_perturbation.py",),
     "contrastive": ("test_contrastive.py",),
+    "cuda_packing": ("test_cuda_packing.py",),
 }
 
 _SPOT = re.compile(r"\{\{(.*?) => (.*?)\}\}", re.DOTALL)
@@ -62,38 +63,55 @@ def instrument(sources: Path) -> None:
     for name, text in texts.items():
         (sources / name).write_text(text)
     (sources / "mutant.h").write_text("extern int mmfast_mutant;\n")
-    (sources / "bindings/mutant.cpp").write_text(
-        "int mmfast_mutant = 0;\n"
-        'extern "C" __attribute__((visibility("default"))) void mmfast_set_mutant(int i) { mmfast_mutant = i; }\n'
-    )
+    for folder in ("bindings", "bindings/cuda"):
+        (sources / folder / "mutant.cpp").write_text(
+            "int mmfast_mutant = 0;\n"
+            'extern "C" __attribute__((visibility("default"))) void mmfast_set_mutant(int i) { mmfast_mutant = i; }\n'
+        )
 
 
 def build(folder: Path) -> Path:
     """Builds the package with all mutants, for the portable instruction set only; returns what to put on the path."""
     tree = folder / "tree"
     for name in ("csrc", "mmfast", "tests"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "_cpu*.so"))
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "_c*.so"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     instrument(tree / "csrc")
-    environment = {
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=tree, env=_environment(tree), check=True)
+    return tree
+
+
+def _environment(tree: Path) -> dict[str, str]:
+    return {
         **os.environ,
+        "PYTHONPATH": str(tree),
+        "OMP_NUM_THREADS": "1",
         "MMFAST_PORTABLE": "1",
+        "MMFAST_BUILD_CUDA": "0",
         "MMFAST_CXXFLAGS": f"-O1 -Wno-parentheses -include {tree / 'csrc/mutant.h'}",
     }
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=tree, env=environment, check=True)
-    return tree
+
+
+def _module(op: str) -> str:
+    """The file of the module that has the op's kernels."""
+    if op.startswith("cuda_"):
+        import cuda_shim
+
+        return str(cuda_shim.build())
+    from mmfast import _native
+
+    return _native.cpu().__file__
 
 
 def verdicts(tree: Path, ops: list[str]) -> dict[str, str]:
     """Runs the tests under every mutant of `ops`: its name -> the first test that failed, "" where none did."""
     workers = min(os.cpu_count() or 1, 4)
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     runs = []
     for worker in range(workers):
         command = [sys.executable, str(tree / "tests/mutants.py"), "--run", f"{worker}/{workers}", *ops]
-        runs.append(subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True))
+        runs.append(subprocess.Popen(command, cwd=tree, env=_environment(tree), stdout=subprocess.PIPE, text=True))
     found = {}
     for run in runs:
         output, _ = run.communicate()
@@ -116,13 +134,11 @@ def _run(share: str, ops: list[str]) -> None:
     """Every n-th mutant from the i-th on, for a share of "i/n"."""
     import pytest
 
-    from mmfast import _native
-
-    library = ctypes.CDLL(_native.cpu().__file__)
     options = ["-x", "-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-m", "not slow"]
     found = {}
     first_one, step = map(int, share.split("/"))
     for op in ops:
+        library = ctypes.CDLL(_module(op))
         files = [f"tests/{name}" for name in TESTS[op]]
         chosen = [(0, "unchanged")] + [(i, m[2]) for i, m in enumerate(MUTANTS, start=1) if m[0] == op]
         for number, what in chosen[first_one::step]:

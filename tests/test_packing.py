@@ -400,6 +400,19 @@ def test_padding_outside_the_layout():
     assert torch.equal(to_padded(packed, layout, length=7), full.nan_to_num(0.0))
 
 
+def check_float16_fill(backend, device="cpu"):
+    layout, x = Layout.from_lengths([1, 0]).to(device), torch.zeros(1, 3, dtype=torch.float16, device=device)
+    for value in (-1e-7, 6e-8, 2e-8, 3.05e-5, 0.1, -3.3, 2049.0, 2051.0, 65519.0, 65520.0, -1e9, -torch.inf, torch.nan):
+        padded = to_padded(x, layout, length=1, value=value, backend=backend)
+        want = torch.full((3,), value).half()
+        assert torch.equal(padded[1, 0].cpu().nan_to_num(7.0), want.nan_to_num(7.0)), value
+
+
+@needs_cpu
+def test_float16_is_filled_with_the_nearest():
+    check_float16_fill("cpu")
+
+
 @needs_cpu
 def test_rows_differentiate_twice():
     layout = Layout.from_lengths([3, 0, 2])

@@ -20,6 +20,12 @@ int num_threads();
 // Outputs larger than this bypass the last-level cache: with as large an input they would not fit into it.
 int64_t streamed_bytes();
 
+// Dtypes of what kernels compute with. The CPU's callers widen float16.
+constexpr const char* kDTypes = kHostReads ? "float32 or bfloat16" : "float32, bfloat16 or float16";
+inline bool takes(DType dtype) {
+  return dtype == DType::f32 || dtype == DType::bf16 || (dtype == DType::f16 && !kHostReads);
+}
+
 void bind_attention(py::module_& m);
 void bind_rotary(py::module_& m);
 void bind_packing(py::module_& m);

@@ -3,8 +3,8 @@
 #pragma once
 #include <cstring>
 
-#include "cpu/packing.h"
 #include "cpu/rows.h"
+#include "mmfast/packing.h"
 
 namespace mmfast {
 namespace MMFAST_ISA {

@@ -19,7 +19,8 @@ from mmfast import _native
 
 logger = logging.getLogger("mmfast")
 
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "triton", "cuda", "reference")
+_ONLY_ASKED_FOR = ("cuda",)  # no measurement says that they are faster than another
 
 _forced: str | None = os.environ.get("MMFAST_BACKEND") or None
 # Triton reads the variable when kernels are defined, so that it cannot change later.
@@ -66,6 +67,8 @@ def choose(op: str, backend: str | None, refusals: dict[str, Callable[[], str | 
         return wanted
     reasons = []
     for name, refusal in refusals.items():
+        if name in _ONLY_ASKED_FOR:
+            continue
         reason = refusal()
         if reason is None and name == "triton" and interpreted:
             reason = 'interpreted kernels are slow and run only with backend="triton" or MMFAST_BACKEND=triton'
@@ -116,6 +119,23 @@ def triton_refusal(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> s
             return f"the tensors are on {t.device}, not on a GPU"
         elif (reason := gpu_refusal(t.device)) is not None:
             return reason
+    return None
+
+
+def cuda_refusal(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the CUDA kernels cannot take these tensors, or None: module missing, no NVIDIA GPU from sm_80 on, dtype."""
+    if _native.cuda_refusal is not None:
+        return _native.cuda_refusal
+    for t in tensors:
+        if t.dtype not in dtypes:
+            return f"dtype {str(t.dtype).removeprefix('torch.')} is not supported by the CUDA kernels"
+        if t.device.type != _native.cuda().device:
+            return f"the tensors are on {t.device}, not on a GPU"
+        if t.is_cuda:
+            if torch.version.hip is not None:
+                return "the CUDA kernels are NVIDIA's only, and this is a GPU of AMD"
+            if (reason := gpu_refusal(t.device)) is not None:
+                return reason
     return None
 
 

@@ -17,6 +17,7 @@ def define(
     *,
     cpu: Callable,
     triton: Callable | None = None,
+    cuda: Callable | None = None,
     fake: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
@@ -26,7 +27,7 @@ def define(
     The function calls the implementation itself where nothing would look at the call on its way through the
     dispatcher, whose Python layers cost more than a small kernel.
 
-    An op with Triton kernels has one more argument, `str backend`, last in its schema: "cpu" or "triton", as
+    An op with kernels for GPUs has one more argument, `str backend`, last in its schema: "cpu", "triton" or "cuda", as
     `_dispatch.choose` said. The implementations and the fake do not get it; `setup_context` finds it in `inputs[-1]`,
     and the gradient formula passes it on to the backward op.
 
@@ -34,6 +35,7 @@ def define(
         schema: name and signature in torch's schema language.
         cpu: implementation over CPU tensors. It counts the versions of tensors that it changes.
         triton: implementation by Triton kernels, over tensors on a GPU, or on the CPU where kernels are interpreted.
+        cuda: implementation by the compiled CUDA kernels; where there are Triton kernels.
         fake: shapes and dtypes of the outputs, for torch.compile and export.
         setup_context, backward: the autograd formula, as for torch.library.register_autograd.
     """
@@ -49,8 +51,8 @@ def define(
         def run(*args):
             if args[-1] == "cpu":
                 return cpu(*args[:-1])
-            with torch.cuda.device_of(_first_tensor(args)):  # Triton launches on the current device
-                return triton(*args[:-1])
+            with torch.cuda.device_of(_first_tensor(args)):  # kernels are launched on the current device
+                return (cuda if args[-1] == "cuda" else triton)(*args[:-1])
 
         _library.impl(name, run, "CPU")
         _library.impl(name, run, "CUDA")  # PyTorch's name for AMD's GPUs too

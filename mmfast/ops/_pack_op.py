@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from mmfast import _native
 from mmfast.ops._library import define, no_double_backward
+
+# Of the CUDA kernels' backward pass: threads that share the rows, about two thirds of what a large GPU holds, and the
+# fewest rows whose sums one group of them takes.
+_THREADS, _CHUNK_ROWS = 131072, 16
 
 # The arguments that both kernels take, in order.
 _CALL = ("tokens", "source", "modality", "position", "type_embedding", "tables", "table_first", "names", "norm")
@@ -25,6 +31,12 @@ def _forward_triton(*call) -> tuple[Tensor, Tensor, Tensor]:
     call = dict(zip((*_CALL, "weight", "bias", "eps", "x", "mean", "rstd"), (*call, *out)))
     del call["names"]
     kernels.pack_forward(**call)
+    return out
+
+
+def _forward_cuda(*call) -> tuple[Tensor, Tensor, Tensor]:
+    out = _forward_fake(*call)
+    _native.cuda().pack_forward(*call, *out, _native.stream_of(out[0]))
     return out
 
 
@@ -149,6 +161,34 @@ def _backward_triton(dx, *arguments) -> list[Tensor]:
     return grads
 
 
+def _backward_cuda(dx, *arguments) -> list[Tensor]:
+    dx, grads, wanted, sizes = _backward_results(torch.empty, dx, *arguments)
+    _, dtype_embedding, dtables, dweight, dbias = wanted
+    source, first = arguments[1], arguments[6]
+    module, stream = _native.cuda(), _native.stream_of(dx)
+    axes = sorted({i - begin for begin, end in pairwise(first) for i in range(begin, end) if dtables[i] is not None})
+    sums = sum(g is not None for g in (dtype_embedding, dweight, dbias)) + (2 if axes else 0)
+    rows, dim = dx.shape
+    chunk_rows = max(_CHUNK_ROWS, -(-rows * module.pack_threads(dim) // _THREADS))
+    chunks = sum(-(-size // chunk_rows) for size in sizes)
+    workspace = dx.new_empty(sums * chunks * dim, dtype=torch.float32)
+    for g in dtables:
+        if g is not None:
+            g.zero_()  # rows of the table that no row of x names are not written
+    call = dx, *arguments[:-2]
+    for axis in axes or [-1]:
+        if axes:
+            key = torch.empty_like(source, dtype=torch.int32)
+            module.pack_keys(*call, *wanted, sizes, axis, key, stream)
+            key, order = torch.sort(key, stable=True)
+        else:
+            key, order = None, torch.full_like(source, -1)
+            module.invert_rows(source, order, stream)
+        module.pack_backward(*call, *wanted, sizes, axis, order, key, chunk_rows, workspace, stream)
+        wanted = [None] * len(sizes), None, dtables, None, None  # all but the tables belongs to the first pass
+    return grads
+
+
 def _backward_results(empty, dx, *arguments):
     """dx with dense rows, all gradients, those that are wanted in the kernels' order, and the parts' sizes."""
     if dx.stride(1) != 1 and dx.shape[1] > 1:
@@ -166,6 +206,7 @@ _pack_backward = define(
     "Tensor? bias, Tensor mean, Tensor rstd, SymInt[] sizes, bool[] needs, str backend) -> Tensor[]",
     cpu=_backward_cpu,
     triton=_backward_triton,
+    cuda=_backward_cuda,
     fake=_backward_fake,
     backward=no_double_backward("pack"),
 )
@@ -174,6 +215,7 @@ _pack = define(
     "float eps, str backend) -> (Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
     triton=_forward_triton,
+    cuda=_forward_cuda,
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_backward,

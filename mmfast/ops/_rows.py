@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfast import _native
-from mmfast.ops._dispatch import choose, cpu_refusal, triton_refusal
+from mmfast.ops._dispatch import choose, cpu_refusal, cuda_refusal, triton_refusal
 from mmfast.ops._library import define
 from mmfast.reference import packing as reference
 
@@ -31,8 +31,6 @@ def gather(op: str, x: Tensor, index: Tensor, value: float = 0.0, backend: str |
         return reference.gather_rows(x, index, value)
     if x.dtype == torch.bool:
         return _gather([x.to(torch.uint8)], index, value, chosen).bool()
-    if x.dtype == torch.float16 and value and chosen == "cpu":
-        return _gather([x.float()], index, value, chosen).half()
     return _gather([x], index, value, chosen)
 
 
@@ -50,7 +48,11 @@ def scatter(op: str, x: Tensor, index: Tensor, sizes: Sequence[int], backend: st
 
 
 def _choose(op: str, x: Tensor, backend: str | None) -> str:
-    refusals = {"cpu": lambda: cpu_refusal(x, dtypes=_DTYPES), "triton": lambda: triton_refusal(x, dtypes=_DTYPES)}
+    refusals = {
+        "cpu": lambda: cpu_refusal(x, dtypes=_DTYPES),
+        "triton": lambda: triton_refusal(x, dtypes=_DTYPES),
+        "cuda": lambda: cuda_refusal(x, dtypes=_DTYPES),
+    }
     return choose(op, backend, refusals)
 
 
@@ -73,6 +75,13 @@ def _gather_triton(x: list[Tensor], index: Tensor, value: float) -> Tensor:
     return out
 
 
+def _gather_cuda(x: list[Tensor], index: Tensor, value: float) -> Tensor:
+    out = _gather_fake(x, index, value)
+    x = [_two(_dense_rows(t)) for t in x]
+    _native.cuda().gather_rows(x, index.contiguous(), value, _two(out), _native.stream_of(out))
+    return out
+
+
 def _scatter_cpu(x: Tensor, index: Tensor, sizes: list[int]) -> list[Tensor]:
     out = [_native.empty(rows, *x.shape[1:], dtype=x.dtype) for rows in sizes]
     _native.cpu().scatter_rows(_two(_dense_rows(x)), index, [_two(t) for t in out])
@@ -84,6 +93,16 @@ def _scatter_triton(x: Tensor, index: Tensor, sizes: list[int]) -> list[Tensor]:
 
     out = _scatter_fake(x, index, sizes)
     kernels.scatter_rows(_two(_dense_rows(x)), index.contiguous(), [_two(t) for t in out])
+    return out
+
+
+def _scatter_cuda(x: Tensor, index: Tensor, sizes: list[int]) -> list[Tensor]:
+    out = _scatter_fake(x, index, sizes)
+    x, stream = _two(_dense_rows(x)), _native.stream_of(x)
+    inverse = torch.full((sum(sizes),), -1, dtype=torch.int64, device=x.device)
+    _native.cuda().invert_rows(index.contiguous(), inverse, stream)
+    for t, rows in zip(out, inverse.split(sizes)):
+        _native.cuda().gather_rows([x], rows, 0.0, _two(t), stream)
     return out
 
 
@@ -127,6 +146,7 @@ _gather = define(
     "gather_rows(Tensor[] x, Tensor index, float value, str backend) -> Tensor",
     cpu=_gather_cpu,
     triton=_gather_triton,
+    cuda=_gather_cuda,
     fake=_gather_fake,
     setup_context=_gather_context,
     backward=_gather_backward,
@@ -135,6 +155,7 @@ _scatter = define(
     "scatter_rows(Tensor x, Tensor index, SymInt[] sizes, str backend) -> Tensor[]",
     cpu=_scatter_cpu,
     triton=_scatter_triton,
+    cuda=_scatter_cuda,
     fake=_scatter_fake,
     setup_context=_scatter_context,
     backward=_scatter_backward,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.layout import Layout
-from mmfast.ops._dispatch import choose, cpu_refusal, triton_refusal
+from mmfast.ops._dispatch import choose, cpu_refusal, cuda_refusal, triton_refusal
 from mmfast.ops._pack_layout import Order, Part, check_parts, checks_values, pack_layout
 from mmfast.ops._pack_op import _pack
 from mmfast.ops._rows import gather, scatter
@@ -22,7 +22,7 @@ from mmfast.reference import packing as reference
 
 _NORMS = ("none", "layer", "rms")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_MAX_DIM = 16384
+_TRITON_MAX_DIM, _CUDA_MAX_DIM = 16384, 8192
 
 
 class LayerNorm(NamedTuple):
@@ -65,7 +65,7 @@ def pack(
         position_embedding: name -> `[N, D]`, or a sequence of tables `[N_a, D]`, one for each axis of `positions`.
             Parts that are not named get none. Without positions a row's position is its place in the item.
         norm: `LayerNorm`, `RMSNorm`, their torch.nn modules over D, or None.
-        backend: "cpu", "triton" or "reference"; None: automatic.
+        backend: "cpu", "triton", "cuda" or "reference"; None: automatic.
 
     Returns:
         x `[T, D]` in the tokens' dtype (under autocast: autocast's), and its `Layout`, with names, sizes, modality,
@@ -106,6 +106,7 @@ def pack(
     refusals = {
         "cpu": lambda: cpu_refusal(tokens[0], dtypes=_KERNEL_DTYPES),
         "triton": lambda: _triton_refusal(tokens[0]),
+        "cuda": lambda: _cuda_refusal(tokens[0]),
     }
     chosen = choose("pack", backend, refusals)
     rows = (layout.source, layout.modality, position)
@@ -115,7 +116,7 @@ def pack(
     dtype = tokens[0].dtype
     if dtype == torch.float16 and chosen == "cpu":
         tokens = [t.float() for t in tokens]
-    if chosen == "triton" and checks_values(device):
+    if chosen != "cpu" and checks_values(device):
         _check_positions(layout.modality, position, names, tables)
     tokens = [t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous() for t in tokens]
     flat = [table for mine in tables for table in mine]
@@ -149,7 +150,7 @@ def unpack(x: Tensor, layout: Layout, *, backend: str | None = None) -> dict[str
     Args:
         x: `[T, ...]`, any dtype.
         layout: as `pack` returned it.
-        backend: "cpu", "triton" or "reference"; None: automatic.
+        backend: "cpu", "triton", "cuda" or "reference"; None: automatic.
 
     Returns:
         name -> `[Tm, ...]`.
@@ -181,7 +182,7 @@ def to_padded(
         length: L, at least the longest sample; None: the layout's `max_seqlen`, else the longest sample, which waits
             for the device (under torch.compile: pass it).
         value: filling.
-        backend: "cpu", "triton" or "reference"; None: automatic.
+        backend: "cpu", "triton", "cuda" or "reference"; None: automatic.
 
     Returns:
         `[B, L, ...]`.
@@ -208,7 +209,7 @@ def from_padded(x: Tensor, layout: Layout, total: int | None = None, *, backend:
         x: `[B, L, ...]`, any dtype; L at least the longest sample. Padding is never read.
         layout: of the packed batch.
         total: T; None: the layout's `total`, which waits for the device where no field of the layout tells it.
-        backend: "cpu", "triton" or "reference"; None: automatic.
+        backend: "cpu", "triton", "cuda" or "reference"; None: automatic.
 
     Returns:
         `[T, ...]`.
@@ -297,6 +298,12 @@ def _triton_refusal(tokens: Tensor) -> str | None:
     if tokens.shape[1] > _TRITON_MAX_DIM:
         return f"D is {tokens.shape[1]}; the Triton kernels hold whole rows, up to {_TRITON_MAX_DIM}"
     return triton_refusal(tokens, dtypes=_KERNEL_DTYPES)
+
+
+def _cuda_refusal(tokens: Tensor) -> str | None:
+    if tokens.shape[1] > _CUDA_MAX_DIM:
+        return f"D is {tokens.shape[1]}; the CUDA kernels hold whole rows, up to {_CUDA_MAX_DIM}"
+    return cuda_refusal(tokens, dtypes=_KERNEL_DTYPES)
 
 
 def _check_positions(modality: Tensor, position: Tensor | None, names, tables) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmfast import _native
 from mmfast.layout import Layout
-from mmfast.ops._dispatch import choose, cpu_refusal, triton_refusal
+from mmfast.ops._dispatch import choose, cpu_refusal, cuda_refusal, triton_refusal
 from mmfast.ops._library import define
 from mmfast.reference import perturbation as reference
 
@@ -45,6 +45,25 @@ def _random_start_triton(delta, *args) -> None:
     _changed(delta)
 
 
+def _perturb_cuda(delta, grad, momentum, previous, *args) -> None:
+    _, _, _, cu_seqlens, *_, l2, token, _, _ = args
+    room = _workspace(delta, cu_seqlens, l2, token, bool(momentum))
+    _native.cuda().perturb(delta, grad, momentum, previous, *args, room, _native.stream_of(delta[0]))
+    _changed([*delta, *momentum, *previous])
+
+
+def _random_start_cuda(delta, *args) -> None:
+    _, _, cu_seqlens, *_, l2, token, _ = args
+    room = _workspace(delta, cu_seqlens, l2, token, False)
+    _native.cuda().random_start(delta, *args, room, _native.stream_of(delta[0]))
+    _changed(delta)
+
+
+def _workspace(delta, *args) -> Tensor:
+    size = _native.cuda().perturb_workspace(delta, *args)
+    return torch.empty(size, dtype=torch.float64, device=delta[0].device)
+
+
 def _changed(tensors: list[Tensor]) -> None:
     """Autograd notices the change of a saved tensor; torch.library does this for single tensors only."""
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
@@ -57,6 +76,7 @@ _perturb = define(
     " str backend) -> ()",
     cpu=_perturb_cpu,
     triton=_perturb_triton,
+    cuda=_perturb_cuda,
     fake=lambda *args: None,
 )
 
@@ -65,6 +85,7 @@ _random_start = define(
     " float[] eps_values, float[] low, float[] high, bool l2, bool token, Tensor seed, str backend) -> ()",
     cpu=_random_start_cpu,
     triton=_random_start_triton,
+    cuda=_random_start_cuda,
     fake=lambda *args: None,
 )
 
@@ -116,7 +137,7 @@ def perturb_(
         previous: delta one step ago, as `delta`, changed in place to the delta before this step (APGD).
         blend: APGD's `alpha`: weight of the new step against the last movement.
         layout: whose samples the rows of a packed `delta` are. Rows outside it are neither read nor written.
-        backend: "cpu", "triton", "reference", or None for the best that can run.
+        backend: "cpu", "triton", "cuda", "reference", or None for the best that can run.
 
     Returns:
         `delta`. Stored values keep the L-inf ball exactly; the L2 ball and the bounds up to one rounding of the dtype.
@@ -314,6 +335,7 @@ class _Arguments:
         return {
             "cpu": lambda: cpu_refusal(*self.delta, dtypes=_DTYPES),
             "triton": lambda: triton_refusal(*self.delta, dtypes=_DTYPES),
+            "cuda": lambda: cuda_refusal(*self.delta, dtypes=_DTYPES),
         }
 
     def batch(self, i: int) -> int:

@@ -21,6 +21,27 @@ void check(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
 }
 
+// Where this module's kernels read and write. The host cannot look at values on a device, so that there
+// kernels guard themselves; tests build the CUDA module with MMFAST_CUDA_SHIM, where memory of the CPU stands
+// for a device's.
+#if defined(MMFAST_CUDA_MODULE)
+constexpr bool kHostReads = false;
+#else
+constexpr bool kHostReads = true;
+#endif
+#if defined(MMFAST_CUDA_MODULE) && !defined(MMFAST_CUDA_SHIM)
+constexpr Device kDevice = Device::cuda;
+constexpr const char* kDeviceName = "a GPU";
+#else
+constexpr Device kDevice = Device::cpu;
+constexpr const char* kDeviceName = "the CPU";
+#endif
+
+inline void check_device(const char* op, const char* name, const TensorView& t) {
+  check(t.device == kDevice, op, ": ", name, " is not on ", kDeviceName,
+        "; move it there or use another backend");
+}
+
 // Bytes of an element.
 inline int64_t size_of(DType dtype) {
   switch (dtype) {
@@ -43,7 +64,7 @@ inline int64_t size_of(DType dtype) {
 // What could corrupt memory if it were wrong: presence, device, dtype and number of dimensions.
 inline void check_tensor(const char* op, const char* name, const TensorView& t, DType dtype, int ndim) {
   check(t.present(), op, ": ", name, " is missing; expected a tensor");
-  check(t.device == Device::cpu, op, ": ", name, " is not on the CPU; move it there or use another backend");
+  check_device(op, name, t);
   check(t.data || t.numel() == 0, op, ": ", name, " has no memory; it is no ordinary tensor");
   check(t.dtype == dtype, op, ": ", name, " has dtype ", name_of(t.dtype), "; expected ", name_of(dtype));
   check(t.ndim == ndim, op, ": ", name, " has ", t.ndim, " dimensions; expected ", ndim);

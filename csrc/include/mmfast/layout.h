@@ -19,8 +19,8 @@ struct LayoutView {
   int32_t first_position(int64_t b) const { return start ? start[b] : 0; }
 };
 
-// Checks what a kernel relies on before it touches memory: dtypes, sizes, and the values of cu_seqlens and
-// seqused.
+// Checks what a kernel relies on before it touches memory: dtypes, sizes, and where the host can read them
+// the values of cu_seqlens, seqused and modality.
 inline LayoutView check_layout(const char* op, const char* side, int64_t total, const TensorView& cu_seqlens,
                                const TensorView& seqused, const TensorView& modality, const TensorView& time,
                                const TensorView& start) {
@@ -49,6 +49,7 @@ inline LayoutView check_layout(const char* op, const char* side, int64_t total, 
   layout.start = start.ptr<int32_t>();
   layout.batch = batch;
   layout.total = total;
+  if (!kHostReads) return layout;
   check(layout.cu_seqlens[0] >= 0, op, ": cu_seqlens", suffix, "[0] is ", layout.cu_seqlens[0],
         "; expected a row number, usually 0");
   for (int64_t b = 0; b < batch; ++b) {

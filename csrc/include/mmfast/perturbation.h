@@ -17,6 +17,7 @@ struct PerturbTensor {
   const int32_t* cu_seqlens = nullptr;  // [batch + 1], or null: row b is sample b
   const int32_t* seqused = nullptr;     // [batch], or null
   int64_t batch = 0;
+  int64_t rows = 0;        // of delta, those outside the layout included
   int64_t row_size = 0;    // elements of a row
   int64_t token_size = 0;  // norms over this many elements; 0: over the sample
 
@@ -38,6 +39,19 @@ struct PerturbParams {
   float blend = 1;
   uint64_t seed = 0;  // random start only
   int threads = 1;
+  const int64_t* seed_on_device = nullptr;  // [1], in place of seed
+  double* workspace = nullptr;              // [perturb_workspace()], CUDA only
 };
+
+namespace cuda {
+
+// `stream` is a cudaStream_t. The kernels run after what was queued there; nothing waits for them.
+void perturb(const PerturbParams& p, void* stream);
+void random_start(const PerturbParams& p, void* stream);
+
+// float64 numbers that the workspace of a call holds.
+int64_t perturb_workspace(const PerturbParams& p, bool momentum);
+
+}  // namespace cuda
 
 }  // namespace mmfast
