@@ -14,7 +14,7 @@ from torch import Tensor
 from mmfast import _native
 from mmfast.layout import Layout
 from mmfast.mask import ModalityMask
-from mmfast.ops import _dispatch, _library
+from mmfast.ops import _attention_cuda, _dispatch, _library
 from mmfast.reference import attention as _reference
 
 _FULL = ModalityMask.full()
@@ -56,7 +56,8 @@ def attention(
         dropout_seed: int64, one element, on q's device; needed with dropout. The decision for (query head, sample,
             query row in the sample, key row in the sample) is a Philox number: equal on all backends and in backward.
         return_lse: also return the logarithm of the softmax's denominator.
-        backend: "cpu", "triton" or "reference"; None: chosen.
+        backend: "cpu", "triton", "cuda" or "reference"; None: chosen, but never "cuda", which is for few queries or
+            few keys per sample, in bfloat16 or float16 with D of 64 or 128.
 
     Returns:
         out `[Tq, H, D]`, dtype of q (under autocast its dtype); with `return_lse` also lse float32 `[H, Tq]`, natural
@@ -88,6 +89,7 @@ def attention(
                 q, k, v, layout_q.cu_seqlens, dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.int32)
             ),
             "triton": lambda: _dispatch.triton_refusal(q, k, v, dtypes=(torch.float32, torch.bfloat16, torch.float16)),
+            "cuda": lambda: _attention_cuda.refusal(q, k, v),
         },
     )
     if chosen == "reference":
@@ -217,6 +219,12 @@ def _forward_triton(q, k, v, *rest):
     return out, lse
 
 
+def _forward_cuda(q, k, v, *rest):
+    out, lse = _forward_fake(q, k, v)
+    _attention_cuda.forward(q, k, v, out, lse, rest[:5], rest[5:10], *rest[10:])
+    return out, lse
+
+
 def _forward_fake(q, k, v, *rest):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -254,6 +262,12 @@ def _backward_triton(dout, q, k, v, out, lse, *rest):
     return dq, dk, dv
 
 
+def _backward_cuda(dout, q, k, v, out, lse, *rest):
+    dq, dk, dv = _backward_fake(dout, q, k, v)
+    _attention_cuda.backward(dout, q, k, v, out, lse, dq, dk, dv, rest[:5], rest[5:10], *rest[10:])
+    return dq, dk, dv
+
+
 def _backward_fake(dout, q, k, v, *rest):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
@@ -263,6 +277,7 @@ _attention_backward = _library.define(
     " -> (Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
     triton=_backward_triton,
+    cuda=_backward_cuda,
     fake=_backward_fake,
     backward=_library.no_double_backward("attention"),
 )
@@ -271,6 +286,7 @@ _attention = _library.define(
     f"attention(Tensor q, Tensor k, Tensor v, {_LAYOUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
     cpu=_forward_cpu,
     triton=_forward_triton,
+    cuda=_forward_cuda,
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_autograd,
