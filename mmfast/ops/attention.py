@@ -15,7 +15,7 @@ from mmfast import _native
 from mmfast.backends import flash_attn, xformers
 from mmfast.layout import Layout
 from mmfast.mask import ModalityMask
-from mmfast.ops import _dispatch, _library
+from mmfast.ops import _attention_cuda, _dispatch, _library
 from mmfast.reference import attention as _reference
 
 _FULL = ModalityMask.full()
@@ -58,9 +58,10 @@ def attention(
         dropout_seed: int64, one element, on q's device; needed with dropout. The decision for (query head, sample,
             query row in the sample, key row in the sample) is a Philox number: equal on all backends and in backward.
         return_lse: also return the logarithm of the softmax's denominator.
-        backend: "cpu", "triton" or "reference"; None: chosen. Other libraries where they are installed, on a GPU, for
-            one rule, FULL or CAUSAL, without dropout: "flash_attn"; "xformers", whose backward pass is not
-            deterministic. Neither is chosen by itself.
+        backend: "cpu", "triton" or "reference"; None: chosen. Never chosen by itself: "cuda", for few queries or few keys
+            per sample, in bfloat16 or float16 with D of 64 or 128; and other libraries where they are installed, on a
+            GPU, for one rule, FULL or CAUSAL, without dropout: "flash_attn"; "xformers", whose backward pass is not
+            deterministic.
 
     Returns:
         out `[Tq, H, D]`, dtype of q (under autocast its dtype); with `return_lse` also lse float32 `[H, Tq]`, natural
@@ -89,6 +90,7 @@ def attention(
             q, k, v, layout_q.cu_seqlens, dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.int32)
         ),
         "triton": lambda: _dispatch.triton_refusal(q, k, v, dtypes=(torch.float32, torch.bfloat16, torch.float16)),
+        "cuda": lambda: _attention_cuda.refusal(q, k, v),
     }
     if backend is not None and backend not in _dispatch.BACKENDS:
         call = (q, layout_q, layout_k, mask, softcap, dropout_p, return_lse)
@@ -223,6 +225,12 @@ def _forward_triton(q, k, v, *rest):
     return out, lse
 
 
+def _forward_cuda(q, k, v, *rest):
+    out, lse = _forward_fake(q, k, v)
+    _attention_cuda.forward(q, k, v, out, lse, rest[:5], rest[5:10], *rest[10:])
+    return out, lse
+
+
 def _forward_fake(q, k, v, *rest):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -260,6 +268,12 @@ def _backward_triton(dout, q, k, v, out, lse, *rest):
     return dq, dk, dv
 
 
+def _backward_cuda(dout, q, k, v, out, lse, *rest):
+    dq, dk, dv = _backward_fake(dout, q, k, v)
+    _attention_cuda.backward(dout, q, k, v, out, lse, dq, dk, dv, rest[:5], rest[5:10], *rest[10:])
+    return dq, dk, dv
+
+
 def _backward_fake(dout, q, k, v, *rest):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
@@ -269,6 +283,7 @@ _attention_backward = _library.define(
     " -> (Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
     triton=_backward_triton,
+    cuda=_backward_cuda,
     fake=_backward_fake,
     backward=_library.no_double_backward("attention"),
 )
@@ -277,6 +292,7 @@ _attention = _library.define(
     f"attention(Tensor q, Tensor k, Tensor v, {_LAYOUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
     cpu=_forward_cpu,
     triton=_forward_triton,
+    cuda=_forward_cuda,
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_autograd,

@@ -43,4 +43,30 @@ struct AttentionParams {
   int threads = 1;
 };
 
+// What the CUDA kernels take besides; the fields above for how the CPU divides its work are not read.
+struct CudaAttentionParams : AttentionParams {
+  const int64_t* seed_on_device = nullptr;  // [1], in place of seed
+  int64_t tiles_q = 0, tiles_k = 0;         // most_tiles() of either side
+  TileSummary* summaries = nullptr;  // [tiles_q + tiles_k], written first; null: every row sees every row
+  int key_parts = 1;                 // blocks that share the keys of a tile of queries, and add up in order
+  int query_parts = 1;               // blocks that share the queries of a tile of keys
+  float* delta = nullptr;            // [H, Tq], written first in backward: sum of dout * out
+  float* rows_parts = nullptr;       // [key_parts, Tq, H, D], of out or dq; null where key_parts is 1
+  float* lse_parts = nullptr;        // [key_parts, H, Tq]
+  float* dk_parts = nullptr;         // [query_parts, Tk, Hk, D]; null where query_parts is 1
+  float* dv_parts = nullptr;         // [query_parts, Tk, Hk, D]
+  float inner = 0;                   // with a softcap: factor of q k^T inside the tanh
+  float exponent = 0;                // factor of q k^T, or of the tanh, in exponents of 2; never 0
+};
+
+namespace cuda {
+
+constexpr int kAttentionDims[] = {64, 128};  // D that there are kernels for, in bfloat16 and float16
+
+// `stream` is a cudaStream_t. The kernels run after what was queued there; nothing waits for them.
+void attention_forward(const CudaAttentionParams& p, void* stream);
+void attention_backward(const CudaAttentionParams& p, void* stream);
+
+}  // namespace cuda
+
 }  // namespace mmfast

@@ -1,0 +1,11 @@
+#include "cuda/attention_backward.cuh"
+#include "cuda/attention_forward.cuh"
+
+namespace mmfast {
+namespace cuda {
+
+template void launch_forward<bf16, 128>(const CudaAttentionParams& p, void* stream);
+template void launch_backward<bf16, 128>(const CudaAttentionParams& p, void* stream);
+
+}  // namespace cuda
+}  // namespace mmfast
