@@ -410,7 +410,7 @@ __device__ __forceinline__ const Part* part_of(const Launch& p, int64_t& slot) {
 }
 
 template <class T, int kThreads>
-__global__ void __launch_bounds__(kBlock) step_kernel(const __grid_constant__ Launch p) {
+__global__ void __launch_bounds__(kBlock, 3) step_kernel(const __grid_constant__ Launch p) {
   int64_t slot;
   const Part* part = part_of<kThreads>(p, slot);
   if (!part) return;

@@ -58,10 +58,10 @@ def attention(
         dropout_seed: int64, one element, on q's device; needed with dropout. The decision for (query head, sample,
             query row in the sample, key row in the sample) is a Philox number: equal on all backends and in backward.
         return_lse: also return the logarithm of the softmax's denominator.
-        backend: "cpu", "triton" or "reference"; None: chosen. Never chosen by itself: "cuda", for few queries or few keys
-            per sample, in bfloat16 or float16 with D of 64 or 128; and other libraries where they are installed, on a
-            GPU, for one rule, FULL or CAUSAL, without dropout: "flash_attn"; "xformers", whose backward pass is not
-            deterministic.
+        backend: "cpu", "triton" or "reference"; None: chosen. Never chosen by itself: "cuda", for few queries or few
+            keys per sample, in bfloat16 or float16 with D of 64 or 128; and other libraries where they are installed,
+            on a GPU, for one rule, FULL or CAUSAL, without dropout: "flash_attn"; "xformers", whose backward pass is
+            not deterministic.
 
     Returns:
         out `[Tq, H, D]`, dtype of q (under autocast its dtype); with `return_lse` also lse float32 `[H, Tq]`, natural
