@@ -68,10 +68,15 @@ def define(
         if torch.compiler.is_compiling() or _observed():
             return op(*args)
         differentiable = False
-        for tensor in _tensors(args):
-            if type(tensor) not in _ORDINARY or not tensor.is_cpu or tensor.is_neg():
-                return op(*args)
-            differentiable |= tensor.requires_grad
+        for arg in args:
+            if arg is None or type(arg) in _NUMBERS:
+                continue
+            for tensor in arg if type(arg) is list else (arg,):
+                if not isinstance(tensor, Tensor):
+                    continue
+                if type(tensor) not in _ORDINARY or not tensor.is_cpu or tensor.is_neg():
+                    return op(*args)
+                differentiable |= tensor.requires_grad
         if not differentiable or not torch.is_grad_enabled():
             return run(*args)
         if function is None:  # a formula that raises is left to the dispatcher
@@ -84,6 +89,7 @@ def define(
 
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
+_NUMBERS = (bool, int, float, str)
 
 
 def _observed() -> bool:
@@ -94,14 +100,6 @@ def _observed() -> bool:
         or torch._C._get_tracing_state()
         or profiler._is_profiler_enabled
     )
-
-
-def _tensors(args: Sequence) -> Iterator[Tensor]:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, list):
-            yield from (x for x in arg if isinstance(x, Tensor))
 
 
 def _function(

@@ -406,6 +406,8 @@ class _InPlace:
                 view.copy_(work)
 
     def _plain(self, i: int, t: Tensor) -> tuple[Tensor, Tensor]:
+        if self.orders[i] is None and t.dtype != self.widened and t.is_contiguous():
+            return t, t
         view = t if self.orders[i] is None else t.permute(self.orders[i])
         dtype = torch.float32 if t.dtype == self.widened else t.dtype
         return view, view.to(dtype).contiguous()
