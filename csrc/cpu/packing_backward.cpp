@@ -75,8 +75,6 @@ MMFAST_INLINE void write_table(const PackParams& p, const Buckets& buckets, int6
                   [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { set<false>(out + i, load(sum + i), n); });
 }
 
-// A row passes two stages: the averages over its columns, its gradient. One loop does them for two
-// neighbours.
 template <typename T, typename P, bool kStream>
 class Backward {
  public:
@@ -84,121 +82,92 @@ class Backward {
   Backward(const PackParams& p, const Constants& c, const Buckets& buckets, float* averages, float* scratch)
       : p_(p), c_(c), buckets_(buckets), averages_(averages), scratch_(scratch) {}
 
-  static int64_t scratch_size(int64_t dim) { return 5 * padded(dim); }
+  static int64_t scratch_size(int64_t dim) { return 3 * padded(dim); }
 
   // Rows [begin, end) of the buckets' order.
   void run(int64_t begin, int64_t end, const Partials& partial) {
     for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = buckets_.row(i);
       if (p_.norm == Norm::none) {
-        const T* dx = gradient(buckets_.row(i));
-        Second(*this, i).write_all(p_.dim,
-                                   [&](int64_t j, int n) MMFAST_INLINE_LAMBDA { return get(dx + j, n); });
+        const T* dx = gradient(t);
+        write(t, [&](int64_t j, int n) MMFAST_INLINE_LAMBDA { return get(dx + j, n); });
       } else {
-        add(i, begin, end, partial);
-        if (i > begin) close(i - 1, begin, end, partial);
-        if (i + 1 < end) continue;
-        const Second last(*this, i);
-        last.write_all(p_.dim, [&](int64_t j, int) MMFAST_INLINE_LAMBDA { return last.at(j); });
+        const Averages average =
+            read(t, buckets_.row(row_ahead(i, end, p_.dim * int64_t(sizeof(T)))), partial);
+        const float *y = scratch_, *g = scratch_ + c_.stride, rstd = p_.rstd[t];
+        write(t, [&](int64_t j, int) MMFAST_INLINE_LAMBDA {
+          return (load(g + j) - average.g - load(y + j) * average.gy) * rstd;
+        });
       }
       close(i, begin, end, partial);
     }
   }
 
  private:
+  struct Averages {
+    float g, gy;
+  };
+
   const PackParams& p_;
   const Constants& c_;
   const Buckets& buckets_;
-  float *averages_,
-      *scratch_;  // scratch: y and g of two rows, and the sum of a bucket, zero where one begins
-  float average_g_[2], average_gy_[2];
+  float *averages_, *scratch_;  // scratch: y and g of a row, and the sum of a bucket, zero where one begins
 
-  float* scratch(int64_t i) const { return scratch_ + i % 2 * 2 * c_.stride; }
-  float* sum() const { return scratch_ + 4 * c_.stride; }
+  float* sum() const { return scratch_ + 2 * c_.stride; }
   const T* gradient(int64_t t) const { return static_cast<const T*>(p_.x) + t * p_.x_stride; }
 
-  // The second stage of the row at place i.
-  struct Second {
-    T* out = nullptr;
-    float* sum = nullptr;
-    const float *y, *g;
-    float average_g = 0, average_gy = 0, rstd = 0;
+  // Reads row t: y and g to scratch, the sums for weight and bias. What `next` needs is fetched meanwhile.
+  Averages read(int64_t t, int64_t next, const Partials& partial) {
+    float *y = scratch_, *g = scratch_ + c_.stride, *dweight = partial.weight, *dbias = partial.bias;
+    const float* weight = c_.weight;
+    const float rstd = p_.rstd[t], mean = p_.norm == Norm::layer ? p_.mean[t] : 0.0f;
+    const T *dx = gradient(t), *dx_ahead = gradient(next);
+    Four sum_g, sum_gy;
+    Row<T, P>(p_, c_, t).for_each_sum(0, p_.dim, Row<T, P>(p_, c_, next),
+                                      [&](auto count, int64_t j, int n, const vf* v) MMFAST_INLINE_LAMBDA {
+                                        if (count.value == 4) prefetch(dx_ahead + j);
+                                        vf normed[count.value], d[count.value];
+                                        for (int k = 0; k < count.value; ++k) {
+                                          const int64_t c = j + k * kLanes;
+                                          normed[k] = (v[k] - mean) * rstd;
+                                          d[k] = get(dx + c, n);
+                                          const vf scaled = d[k] * load(weight + c);
+                                          store(y + c, normed[k]);
+                                          store(g + c, scaled);
+                                          sum_g.v[k] += scaled;
+                                          sum_gy.v[k] += scaled * normed[k];
+                                        }
+                                        if (dweight)
+                                          for (int k = 0; k < count.value; ++k)
+                                            add_to(dweight + j + k * kLanes, d[k] * normed[k]);
+                                        if (dbias)
+                                          for (int k = 0; k < count.value; ++k)
+                                            add_to(dbias + j + k * kLanes, d[k]);
+                                      });
+    const Averages average{p_.norm == Norm::layer ? sum_g.total() / float(p_.dim) : 0.0f,
+                           sum_gy.total() / float(p_.dim)};
+    if (averages_) averages_[2 * t] = average.g, averages_[2 * t + 1] = average.gy;
+    return average;
+  }
 
-    __attribute__((always_inline)) Second(const Backward& rows, int64_t i) {
-      const PackParams& p = rows.p_;
-      const int64_t t = rows.buckets_.row(i);
-      const PackPart& part = p.part[p.modality[t]];
-      if (part.dtokens) out = static_cast<T*>(part.dtokens) + (p.source[t] - part.first) * p.dim;
-      if (p.dtype_embedding || (part.tables && part.dtable[0])) sum = rows.sum();
-      y = rows.scratch(i);
-      g = y + rows.c_.stride;
-      if (p.norm == Norm::none) return;
-      average_g = rows.average_g_[i % 2];
-      average_gy = rows.average_gy_[i % 2];
-      rstd = p.rstd[t];
-    }
-    __attribute__((always_inline)) vf at(int64_t j) const {
-      return (load(g + j) - average_g - load(y + j) * average_gy) * rstd;
-    }
-    template <typename N, typename Value>
-    __attribute__((always_inline)) void write(N count, int64_t j, int n, Value value) const {
+  // The gradient of row t before the norm: to its token, and added to the sum of its bucket.
+  template <typename Value>
+  void write(int64_t t, Value value) {
+    const PackPart& part = p_.part[p_.modality[t]];
+    T* out = part.dtokens ? static_cast<T*>(part.dtokens) + (p_.source[t] - part.first) * p_.dim : nullptr;
+    float* sum = p_.dtype_embedding || (part.tables && part.dtable[0]) ? this->sum() : nullptr;
+    if (!out && !sum) return;
+    auto some = [&](auto count, int64_t j, int n) MMFAST_INLINE_LAMBDA {
       vf v[count.value];
       for (int k = 0; k < count.value; ++k) v[k] = value(j + k * kLanes, n);
       if (out)
         for (int k = 0; k < count.value; ++k) set<kStream>(out + j + k * kLanes, v[k], n);
       if (sum)
         for (int k = 0; k < count.value; ++k) add_to(sum + j + k * kLanes, v[k]);
-    }
-    // All columns.
-    template <typename Value>
-    __attribute__((always_inline)) void write_all(int64_t dim, Value value) const {
-      if (!out && !sum) return;
-      int64_t j = 0;
-      for (; j + 4 * kLanes <= dim; j += 4 * kLanes) write(Count<4>(), j, kLanes, value);
-      for (; j < dim; j += kLanes) write(Count<1>(), j, dim - j < kLanes ? int(dim - j) : kLanes, value);
-    }
-  };
-
-  // The first stage of the row at place i and the second of the one before.
-  void add(int64_t i, int64_t begin, int64_t end, const Partials& partial) {
-    const int64_t t = buckets_.row(i);
-    float *y = scratch(i), *g = y + c_.stride;
-    float *dweight = partial.weight, *dbias = partial.bias;
-    const float* weight = c_.weight;
-    const float rstd = p_.rstd[t], mean = p_.norm == Norm::layer ? p_.mean[t] : 0.0f;
-    const T* dx = gradient(t);
-    const int64_t next = buckets_.row(row_ahead(i, end, p_.dim * int64_t(sizeof(T))));
-    const Row<T, P> ahead(p_, c_, next);
-    const T* dx_ahead = gradient(next);
-    Second second(*this, i > begin ? i - 1 : i);
-    if (i == begin) second.out = nullptr, second.sum = nullptr;
-    const bool wanted = second.out || second.sum;
-    Four sum_g, sum_gy;
-    Row<T, P>(p_, c_, t).for_each_sum(
-        0, p_.dim, ahead, [&](auto count, int64_t j, int n, const vf* v) MMFAST_INLINE_LAMBDA {
-          if (count.value == 4) prefetch(dx_ahead + j);
-          vf normed[count.value], d[count.value];
-          for (int k = 0; k < count.value; ++k) {
-            const int64_t c = j + k * kLanes;
-            normed[k] = (v[k] - mean) * rstd;
-            d[k] = get(dx + c, n);
-            const vf scaled = d[k] * load(weight + c);
-            store(y + c, normed[k]);
-            store(g + c, scaled);
-            sum_g.v[k] += scaled;
-            sum_gy.v[k] += scaled * normed[k];
-          }
-          if (dweight)
-            for (int k = 0; k < count.value; ++k) add_to(dweight + j + k * kLanes, d[k] * normed[k]);
-          if (dbias)
-            for (int k = 0; k < count.value; ++k) add_to(dbias + j + k * kLanes, d[k]);
-          if (wanted)
-            second.write(count, j, n, [&](int64_t c, int) MMFAST_INLINE_LAMBDA { return second.at(c); });
-        });
-    const float average_g = p_.norm == Norm::layer ? sum_g.total() / float(p_.dim) : 0.0f;
-    const float average_gy = sum_gy.total() / float(p_.dim);
-    average_g_[i % 2] = average_g;
-    average_gy_[i % 2] = average_gy;
-    if (averages_) averages_[2 * t] = average_g, averages_[2 * t + 1] = average_gy;
+    };
+    int64_t j = 0;
+    for (; j + 4 * kLanes <= p_.dim; j += 4 * kLanes) some(Count<4>(), j, kLanes);
+    for (; j < p_.dim; j += kLanes) some(Count<1>(), j, p_.dim - j < kLanes ? int(p_.dim - j) : kLanes);
   }
 
   // After the row at place i has its gradient: where it is the last of its bucket in [begin, end), hands on
