@@ -63,10 +63,9 @@ def instrument(sources: Path) -> None:
         texts[name] = text.replace(right, choice)
     for name, text in texts.items():
         (sources / name).write_text(text)
-    (sources / "mutant.h").write_text("extern int mmfast_mutant;\n")
+    (sources / "mutant.h").write_text("inline int mmfast_mutant = 0;\n")
     for folder in ("bindings", "bindings/cuda"):
         (sources / folder / "mutant.cpp").write_text(
-            "int mmfast_mutant = 0;\n"
             'extern "C" __attribute__((visibility("default"))) void mmfast_set_mutant(int i) { mmfast_mutant = i; }\n'
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 
 import cuda_shim
@@ -331,7 +332,8 @@ def test_repeated_runs_are_bit_equal(count, parts):
 def schedule():
     here = cuda_shim.HERE
     bindings = [here / "schedule.cpp", cuda_shim.ROOT / "csrc/bindings/torch_tensor.cpp"]
-    return cuda_shim.load(cuda_shim.compile_module("_schedule", [], bindings, cuda_shim.ROOT / "csrc"))
+    flags = os.environ.get("MMFAST_CXXFLAGS", "")
+    return cuda_shim.load(cuda_shim.compile_module("_schedule", [], bindings, cuda_shim.ROOT / "csrc", flags))
 
 
 def fields(layout):
