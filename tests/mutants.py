@@ -27,6 +27,7 @@ TESTS = {
     "perturbation": ("test_perturbation.py",),
     "contrastive": ("test_contrastive.py",),
     "cuda_packing": ("test_cuda_packing.py",),
+    "cuda_perturbation": ("test_cuda_perturbation.py",),
 }
 
 _SPOT = re.compile(r"\{\{(.*?) => (.*?)\}\}", re.DOTALL)
