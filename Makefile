@@ -15,7 +15,8 @@ BIN := $(VENV)/bin
 # An environment of its own, whatever the caller has activated.
 unexport PYTHONPATH
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+SOURCES = find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+NATIVE := setup.py $(shell $(SOURCES) 2>/dev/null)
 
 .PHONY: demo test check bench aot-old format asan clean setup
 .DELETE_ON_ERROR:
@@ -34,7 +35,7 @@ bench: $(VENV)/.built
 check: $(VENV)/.built
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(SOURCES) | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/python -m pytest tests/test_layering.py
 
 # The Triton of the oldest torch that is supported, in a folder that goes before the installed one.
@@ -53,7 +54,7 @@ aot-old: $(OLD_TRITON)
 format: $(VENV)/.built
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	$(SOURCES) | xargs $(BIN)/clang-format -i
 
 setup: $(VENV)/.built
 
@@ -64,7 +65,7 @@ $(VENV)/.environment: pyproject.toml constraints.txt
 	@# torch by itself and first: what comes after finds it installed and asks for no other build of it.
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt "setuptools>=77" wheel pybind11 ninja
-	MMFAST_BUILD_CPU=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[data,train,plot,test,dev]'
+	MMFAST_BUILD_CPU=0 MMFAST_BUILD_CUDA=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[data,train,plot,test,dev]'
 	touch $@
 
 $(VENV)/.built: $(VENV)/.environment $(NATIVE)
@@ -72,7 +73,7 @@ $(VENV)/.built: $(VENV)/.environment $(NATIVE)
 	touch $@
 
 asan: $(VENV)/.environment
-	MMFAST_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+	MMFAST_BUILD_CUDA=0 MMFAST_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	  $(BIN)/python setup.py -q build_ext --build-temp build/asan --build-lib build/asan/lib
 	rm -rf build/asan/package && mkdir -p build/asan/package
 	cp -r mmfast build/asan/package/ && cp build/asan/lib/mmfast/_cpu*.so build/asan/package/mmfast/
@@ -83,4 +84,4 @@ asan: $(VENV)/.environment
 	  tests/test_attention.py tests/test_packing.py tests/test_rotary.py tests/test_perturbation.py tests/test_contrastive.py
 
 clean:
-	rm -rf build dist *.egg-info $(VENV)/.built mmfast/_cpu*.so
+	rm -rf build dist *.egg-info $(VENV)/.built mmfast/_cpu*.so mmfast/_cuda*.so

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 from mmfast.testing.checkout import use_kernels
 
 use_kernels()
+pytest.register_assert_rewrite("gpu_perturbation")  # tests that other files run
 
 
 @pytest.fixture(autouse=True)

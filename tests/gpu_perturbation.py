@@ -31,7 +31,7 @@ def check(tensors, keywords, backend, device):
 
 
 class PerturbationTests:
-    """A class that inherits has the fixtures `one_pass`: units of one tile or several; and `few_tensors` of a launch."""
+    """A class that inherits has the fixtures `one_pass` (units of one tile, or of several) and `few_tensors`."""
 
     backend: str
     device: str

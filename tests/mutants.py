@@ -16,6 +16,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +30,7 @@ TESTS = {
     "contrastive": ("test_contrastive.py",),
     "cuda_packing": ("test_cuda_packing.py",),
     "cuda_attention": ("test_cuda_attention.py",),
+    "cuda_perturbation": ("test_cuda_perturbation.py",),
 }
 
 _SPOT = re.compile(r"\{\{(.*?) => (.*?)\}\}", re.DOTALL)
@@ -122,31 +125,44 @@ def verdicts(tree: Path, ops: list[str]) -> dict[str, str]:
     return found
 
 
-class _FirstFailure:
-    name = ""
+class _QuickestFirst:
+    """Runs first the tests that noticed most mutants so far, then quick ones; keeps the first that fails."""
+
+    def __init__(self):
+        self.noticed, self.seconds = Counter(), {}
+        self.failed = ""
+
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: (-self.noticed[item.nodeid], self.seconds.get(item.nodeid, 0.0)))
 
     def pytest_runtest_logreport(self, report):
-        if report.failed and not self.name:
-            self.name = report.nodeid
+        if report.when == "call":
+            self.seconds[report.nodeid] = report.duration
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
+            self.noticed[report.nodeid] += 1
 
 
 def _run(share: str, ops: list[str]) -> None:
     """Every n-th mutant from the i-th on, for a share of "i/n"."""
     import pytest
 
-    options = ["-x", "-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-m", "not slow"]
+    options = ["-x", "-q", "--no-header", "--no-summary", "--tb=native", "-p", "no:cacheprovider", "-m", "not slow"]
     found = {}
     first_one, step = map(int, share.split("/"))
     for op in ops:
         library = ctypes.CDLL(_module(op))
         files = [f"tests/{name}" for name in TESTS[op]]
         chosen = [(0, "unchanged")] + [(i, m[2]) for i, m in enumerate(MUTANTS, start=1) if m[0] == op]
+        order = _QuickestFirst()
         for number, what in chosen[first_one::step]:
             library.mmfast_set_mutant(number)
-            first = _FirstFailure()
-            pytest.main([*options, *files], plugins=[first])
-            found[f"{op}: {what}"] = first.name
-            print(f"{op}: {what}: {first.name or 'survived'}", file=sys.stderr, flush=True)
+            order.failed = ""
+            begin = time.monotonic()
+            pytest.main([*options, *files], plugins=[order])
+            found[f"{op}: {what}"] = order.failed
+            seconds = time.monotonic() - begin
+            print(f"{op}: {what}: {order.failed or 'survived'} ({seconds:.1f} s)", file=sys.stderr, flush=True)
     print("\n" + json.dumps(found))
 
 

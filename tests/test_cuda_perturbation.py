@@ -99,8 +99,9 @@ def test_addresses_that_16_does_not_divide(dtype):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("granularity", ["sample", "token"])
-def test_wrong_layouts_reach_no_other_memory(norm, granularity):
+def test_wrong_layouts_reach_no_other_memory(norm, granularity, monkeypatch):
     """The host does not look at cu_seqlens on a device: the kernels clamp."""
+    monkeypatch.setattr(Layout, "_check_values", lambda *args: None)
     for ends, used in [
         ([-50, 4, 900, 12], None),
         ([9, 3, 2, 50], None),

@@ -50,8 +50,10 @@ def sdist(tmp_path_factory) -> Path:
 def test_sdist_holds_the_sources(sdist):
     with tarfile.open(sdist) as archive:
         names = {"/".join(n.split("/")[1:]) for n in archive.getnames()}
-    wanted = sources("mmfast/**/*.py") | sources("csrc/**/*.cpp") | sources("csrc/**/*.h") | sources("tests/*.py")
-    wanted |= sources("kernels/*.py") | sources("tests/*.txt")
+    wanted = sources("mmfast/**/*.py") | sources("kernels/*.py") | sources("tests/*.py") | sources("tests/*.txt")
+    for suffix in ("cpp", "h", "cu", "cuh"):
+        wanted |= sources(f"csrc/**/*.{suffix}") | sources(f"tests/cuda_shim/**/*.{suffix}")
+    assert "csrc/cuda/attention_forward.cuh" in wanted and "tests/cuda_shim/cuda/ptx.h" in wanted
     wanted |= {"setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt"}
     assert not wanted - names, f"missing from the sdist: {sorted(wanted - names)}"
     assert not [n for n in names if n.endswith((".so", ".o", ".pyc"))]
@@ -64,18 +66,27 @@ def test_wheel_from_the_sdist_is_complete_and_runs_elsewhere(sdist, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "src", filter="data")
     (tree,) = (tmp_path / "src").iterdir()
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree, cwd=tmp_path)
+    wheel = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree]
+    printed = run(*wheel, cwd=tmp_path, MMFAST_BUILD_CUDA="0")
+    assert "the CUDA kernels are not built: MMFAST_BUILD_CUDA=0" in printed
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert not sources("mmfast/**/*.py") - names
     assert not {f"mmfast/{name}" for name in sources("kernels/*.py")} - names
-    assert any(n.startswith("mmfast/_cpu") and n.endswith(".so") for n in names)
+    assert [n.split(".")[0] for n in names if n.endswith(".so")] == ["mmfast/_cpu"]
     assert not [n for n in names if n.startswith(("tests/", "csrc/", "benchmarks/", "kernels/"))]
     site = tmp_path / "site"
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel, cwd=tmp_path)
     printed = run(sys.executable, "-c", USE_IT, cwd=tmp_path, PYTHONPATH=str(site))
     assert str(site) in printed and "reference" not in printed
+    for wish in (
+        "print(mmfast.info.collect()['backends']['cuda'])",
+        "mmfast.attention(x, x, x, layout, backend='cuda')",
+    ):
+        code = f"{USE_IT}; import mmfast.info\ntry: {wish}\nexcept RuntimeError as error: print(error)"
+        printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+        assert "mmfast._cuda cannot be imported" in printed and "install the CUDA toolkit (nvcc)" in printed
 
 
 def test_without_a_compiler_the_package_installs_says_so_and_works(sdist, tmp_path):
@@ -88,6 +99,7 @@ def test_without_a_compiler_the_package_installs_says_so_and_works(sdist, tmp_pa
     install = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--target", site]
     printed = run(*install, tree, cwd=tmp_path, PATH=str(empty), CXX="")
     assert "no C++ compiler was found" in printed and "reference backend" in printed
+    assert "the CUDA kernels are not built" in printed
     printed = run(sys.executable, "-c", USE_IT, cwd=tmp_path, PYTHONPATH=str(site), PATH=str(empty))
     assert str(site) in printed
     assert "reference backend" in printed, "falling back must be logged"
@@ -108,7 +120,7 @@ def test_an_editable_installation_finds_the_kernels(tmp_path):
         shutil.copy(ROOT / name, tree / name)
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", site]
-    run(*install, "-e", tree, cwd=tmp_path, MMFAST_BUILD_CPU="0")
+    run(*install, "-e", tree, cwd=tmp_path, MMFAST_BUILD_CPU="0", MMFAST_BUILD_CUDA="0")
     # This checkout's own editable finder bears the same name.
     code = (
         "import sys, site; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')];"

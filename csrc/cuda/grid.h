@@ -10,7 +10,8 @@ using Kernel = void (*)(Params);
 // The grid of a kernel whose blocks have `each` of n things.
 inline dim3 blocks_of(const char* op, int64_t n, int64_t each, int64_t y = 1) {
   const int64_t blocks = (n + each - 1) / each;
-  if (blocks > INT32_MAX) throw std::runtime_error(std::string(op) + ": more rows than one launch can have");
+  if (blocks > INT32_MAX)
+    throw std::runtime_error(std::string(op) + ": more blocks than one launch can have");
   return dim3(unsigned(blocks), unsigned(y));
 }
 
