@@ -12,14 +12,6 @@ import torch
 from mmfast.testing import cuda_budget
 from mmfast.testing.aot import over_budget, read_budget
 
-# Registers of a tile of keys, and of the rows of queries, at the limit of 255: a few bytes of the stack.
-SPILLS = {
-    ("attention", "forward", "sm_80"): 8,
-    ("attention", "forward", "sm_90a"): 16,
-    ("attention", "keys", "sm_80"): 24,
-    ("attention", "keys", "sm_90a"): 24,
-}
-
 LOG = """\
 ptxas info    : Compiling entry function '_ZN6mmfast4cuda12_1_rows_cu_e513gather_kernelIjEEv' for 'sm_80'
 ptxas info    : Function properties for _ZN6mmfast4cuda12_1_rows_cu_e513gather_kernelIjEEv
@@ -71,10 +63,10 @@ def test_every_kernel_keeps_to_its_budget(logs):
     assert not gone, f"no such kernels: rewrite the budget with python -m mmfast.testing.cuda_budget --write: {gone}"
 
 
-def test_the_budget_allows_no_spills_but_these():
+def test_the_budget_allows_no_spills():
     budget = read_budget(cuda_budget.BUDGET)
     assert {target for *_, target in budget} == set(cuda_budget.ARCHS)
-    assert {key: spills for key, (_, spills, _) in budget.items() if spills} == SPILLS
+    assert not {key: spills for key, (_, spills, _) in budget.items() if spills}
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(const __grid_constant__ 
       for (int begin = 0; begin < q.valid; begin += kStep) {
         float s[kStepColumns][4] = {}, dp[kStepColumns][4] = {};
         uint32_t a[4];
-#pragma unroll
+#pragma unroll 4  // more would not fit into registers
         for (int step = 0; step < kDim / 16; ++step) {
           load_a<kDim>(a, shared.keys, first, step);
           multiply_transposed<kDim>(s, a, shared.queries[stage], begin, step);

@@ -85,8 +85,9 @@ __device__ __forceinline__ void attend(Accumulator<kDim>& acc, const uint32_t (&
   }
 }
 
+// Two blocks to a multiprocessor: registers for three would not hold a tile.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ CudaAttentionParams p) {
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_constant__ CudaAttentionParams p) {
   auto& shared = *reinterpret_cast<ForwardShared<T, kDim>*>(shared_memory());
   const int group = p.heads / p.heads_k, head_k = int(blockIdx.y), part = int(blockIdx.z);
   const SampleTile tile = find_tile(p.layout_q, group, blockIdx.x);
