@@ -4,7 +4,7 @@
 
 All mutants are compiled into one module and chosen at run time by a number (mutant schemata: Untch, Offutt, Harrold,
 Mutation analysis using mutant schemata, ISSTA 1993). mutants.txt lists them; the piece of source that each quotes must
-occur once in its file. CUDA's kernels are compiled for the CPU (cuda_shim).
+occur once in its file. CUDA's kernels are compiled for the CPU (cuda_shim). Each mutant runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -175,6 +175,8 @@ def _first_failure(op: str, set_mutant, number: int, noticed: Counter) -> str:
 
 def _run(share: str, ops: list[str]) -> None:
     """Every n-th mutant from the i-th on, for a share of "i/n"."""
+    import torch._dynamo  # noqa: F401  the first call of an op imports it: seconds for every child
+
     found = {}
     first_one, step = map(int, share.split("/"))
     for op in ops:
