@@ -4,7 +4,7 @@
 
 All mutants are compiled into one module and chosen at run time by a number (mutant schemata: Untch, Offutt, Harrold,
 Mutation analysis using mutant schemata, ISSTA 1993). mutants.txt lists them; the piece of source that each quotes must
-occur once in its file. CUDA's kernels are compiled for the CPU (cuda_shim).
+occur once in its file. CUDA's kernels are compiled for the CPU (cuda_shim). Each mutant runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -99,12 +99,12 @@ def _environment(tree: Path) -> dict[str, str]:
 
 def _module(op: str) -> str:
     """The file of the module that has the op's kernels."""
+    from mmfast import _native
+
     if op.startswith("cuda_"):
         import cuda_shim
 
         return str(cuda_shim.build())
-    from mmfast import _native
-
     return _native.cpu().__file__
 
 
@@ -125,44 +125,69 @@ def verdicts(tree: Path, ops: list[str]) -> dict[str, str]:
     return found
 
 
-class _QuickestFirst:
-    """Runs first the tests that noticed most mutants so far, then quick ones; keeps the first that fails."""
+class _LikelyFirst:
+    """Runs first the tests that noticed most mutants, then a case of each, then another; keeps the first that fails."""
 
-    def __init__(self):
-        self.noticed, self.seconds = Counter(), {}
-        self.failed = ""
+    def __init__(self, noticed: Counter):
+        self.noticed, self.failed = noticed, ""
 
     def pytest_collection_modifyitems(self, items):
-        items.sort(key=lambda item: (-self.noticed[item.nodeid], self.seconds.get(item.nodeid, 0.0)))
+        cases = Counter()
+        place = {}
+        for item in items:
+            place[item] = cases[item.nodeid.split("[")[0]]
+            cases[item.nodeid.split("[")[0]] += 1
+        items.sort(key=lambda item: (-self.noticed[item.nodeid], place[item]))
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call":
-            self.seconds[report.nodeid] = report.duration
         if report.failed and not self.failed:
             self.failed = report.nodeid
-            self.noticed[report.nodeid] += 1
+
+
+def _first_failure(op: str, set_mutant, number: int, noticed: Counter) -> str:
+    """The first test that fails; or how the process ended: what writes where it should not may well end it.
+
+    In a child, whose memory nobody needs afterwards, with everything imported already.
+    """
+    import pytest
+
+    options = ["-x", "-q", "--no-header", "--no-summary", "--tb=native", "-p", "no:cacheprovider", "-m", "not slow"]
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        set_mutant(number)
+        first = _LikelyFirst(noticed)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            pytest.main([*options, *(f"tests/{name}" for name in TESTS[op])], plugins=[first])
+        os.write(writing, first.failed.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        failed = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        return f"the process ended with {status}"
+    noticed[failed] += 1
+    return failed
 
 
 def _run(share: str, ops: list[str]) -> None:
     """Every n-th mutant from the i-th on, for a share of "i/n"."""
-    import pytest
+    import torch._dynamo  # noqa: F401  the first call of an op imports it: seconds for every child
 
-    options = ["-x", "-q", "--no-header", "--no-summary", "--tb=native", "-p", "no:cacheprovider", "-m", "not slow"]
     found = {}
     first_one, step = map(int, share.split("/"))
     for op in ops:
-        library = ctypes.CDLL(_module(op))
-        files = [f"tests/{name}" for name in TESTS[op]]
+        set_mutant = ctypes.CDLL(_module(op)).mmfast_set_mutant
         chosen = [(0, "unchanged")] + [(i, m[2]) for i, m in enumerate(MUTANTS, start=1) if m[0] == op]
-        order = _QuickestFirst()
+        noticed = Counter()
         for number, what in chosen[first_one::step]:
-            library.mmfast_set_mutant(number)
-            order.failed = ""
             begin = time.monotonic()
-            pytest.main([*options, *files], plugins=[order])
-            found[f"{op}: {what}"] = order.failed
+            found[f"{op}: {what}"] = failed = _first_failure(op, set_mutant, number, noticed)
             seconds = time.monotonic() - begin
-            print(f"{op}: {what}: {order.failed or 'survived'} ({seconds:.1f} s)", file=sys.stderr, flush=True)
+            print(f"{op}: {what}: {failed or 'survived'} ({seconds:.1f} s)", file=sys.stderr, flush=True)
     print("\n" + json.dumps(found))
 
 

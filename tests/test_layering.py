@@ -118,6 +118,15 @@ def test_csrc_includes_point_downwards(path):
             assert folder in ("bindings", name.split("/")[0]), f"{path}: includes {name}"
 
 
+@pytest.mark.parametrize("path", [p for p in C_FILES if p.parent.name == "cuda"], ids=lambda p: p.name)
+def test_ptx_and_launches_have_one_place_each(path):
+    """Everything else runs on the CPU too, and waits for no GPU."""
+    text = path.read_text(encoding="utf-8")
+    assert path.name == "ptx.h" or not re.search(r"\basm\b", text), f"{path}: inline PTX belongs into ptx.h"
+    assert path.name == "launch.h" or "cudaLaunch" not in text, f"{path}: launches go through launch.h"
+    assert not re.search(r"<<<|cudaMalloc|cuda\w*Synchronize", text), path
+
+
 def test_an_op_has_the_same_stem_everywhere():
     ops = {p.stem for p in (ROOT / "mmfast/ops").glob("[a-z]*.py")}
     bindings = {p.stem for p in (ROOT / "csrc/bindings").rglob("*.cpp")} - {"module", "torch_tensor"}
