@@ -5,7 +5,8 @@
     PYTHONPATH=. python benchmarks/gpu_suite.py --part train --out DIR   # a whole train step beside padded PyTorch
 
 Each part writes DIR/<part>.json and DIR/<part>.md; finished rows go to DIR/<part>.jsonl at once, so that a run that is
-killed leaves what it found. What did not fit into the budget is named at the end.
+killed leaves what it found. What did not fit into the budget is named at the end. The CUDA kernels are checked and timed
+beside the Triton kernels where they were built (`python setup.py build_ext --inplace`, with nvcc).
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def fits_only(name: str, only: Sequence[str]) -> bool:
 
 def start_tests(log: Path) -> subprocess.Popen:
     """The project's tests, those of the GPU kernels first, beside the checks: compiling is the processor's work."""
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: ("triton" not in path.name, path.name))
+    files = sorted(
+        (ROOT / "tests").glob("test_*.py"), key=lambda path: (not re.search("triton|cuda", path.name), path.name)
+    )
     workers = ["-n", str(max(1, (os.cpu_count() or 2) - 4))] if find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", *workers, *map(str, files)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -93,15 +96,17 @@ def plan(device: torch.device, small: bool) -> list[tuple[str, Callable[[], None
     found = []
     for dtype in dict.fromkeys((first, torch.float16, torch.float32)):
         for name, build in probes(device, small).items():
-            for check, run in checks.CHECKS.items():
-                if check == "oracle" or dtype == first:
-                    label = f"{check}: {name}, {str(dtype).removeprefix('torch.')}"
-                    found.append((label, partial(_checked, build, run, dtype)))
+            for backend in ("triton", "cuda") if cases.has_cuda(name, dtype, device) else ("triton",):
+                kernels = "CUDA C++, " if backend == "cuda" else ""
+                for check, run in checks.CHECKS.items():
+                    if check == "oracle" or dtype == first:
+                        label = f"{check}: {name}, {kernels}{str(dtype).removeprefix('torch.')}"
+                        found.append((label, partial(_checked, build, run, backend, dtype)))
     return found
 
 
-def _checked(build, run, dtype) -> None:
-    run(build(), "triton", dtype)
+def _checked(build, run, backend, dtype) -> None:
+    run(build(), backend, dtype)
 
 
 def part_test(out: Path, budget: Budget, only: Sequence[str], device: torch.device, small: bool) -> dict:

@@ -8,6 +8,7 @@ import json
 import time
 from pathlib import Path
 
+import cuda_shim
 import pytest
 import torch
 
@@ -52,6 +53,23 @@ def test_every_probe_against_the_oracle(name):
     probe = probes.probes(CPU, small=True)[name]()
     checks.check_oracle(probe, "triton", torch.float16)
     assert bool(probe.leaves) != name.startswith(("perturb_", "random_start_"))
+
+
+@pytest.mark.skipif(cuda_shim.refusal is not None, reason=str(cuda_shim.refusal))
+def test_cuda_kernels_are_checked_and_timed_beside_triton(gpu_suite):
+    """With the kernels that run on the CPU in place of those on a GPU."""
+    assert not cases.has_cuda("pack", torch.float16, CPU)
+    with cuda_shim.use():
+        names = [name for name, _ in gpu_suite.plan(CPU, True) if "CUDA C++" in name]
+        assert "oracle: perturb_, l2, CUDA C++, float32" in names and "CUDA graph: unpack, CUDA C++, float16" in names
+        assert not [name for name in names if "rotary" in name or "attention, causal, CUDA C++, float32" in name]
+        checks.check_oracle(probes.probes(CPU, small=True)["pack, layer norm"](), "cuda", torch.float16)
+        found = {case.op: case for case in cases.gpu_cases(small=True) if case.measured in ("forward", "step")}
+        for op in ("pack", "unpack", "perturb"):
+            contest = cases.with_cuda(found[op]).make(CPU)
+            contest.check()
+            assert torch.is_tensor(contest.peers[cases.CUDA]()) or contest.peers[cases.CUDA]()
+    assert cases.with_cuda(found["pack"]).peers[-1] == cases.CUDA
 
 
 def test_part_test(gpu_suite, no_cuda_checks, tmp_path, monkeypatch):

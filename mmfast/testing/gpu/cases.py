@@ -2,32 +2,79 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
+from mmfast import _native
 from mmfast.layout import Layout
 from mmfast.mask import ModalityMask
+from mmfast.ops import _dispatch
 from mmfast.testing import cases as suite_cases
 from mmfast.testing import shapes
-from mmfast.testing.cases import Case, attention, contrastive, packing, perturbation, rotary
+from mmfast.testing.cases import Case, Contest, attention, contrastive, packing, perturbation, rotary
 from mmfast.testing.gpu.peers import BUILDERS, DENSE, FLEX, PACKED, installed
 from mmfast.testing.shapes import Workload
 
 BOTH = ("forward", "forward+backward")
+CUDA = "mmfast, CUDA C++"
+CUDA_OPS = ("attention", "pack", "unpack", "perturb", "random_start")
+SHORT = ("Q-Former", "cross-attention", "Flamingo", "decoding")  # what the CUDA attention is meant for
 
 
 def all_cases(small: bool = False) -> list[Case]:
     """Those of this file, then those of the CPU's suite, bfloat16 first, without what speaks of the CPU's allocator."""
     others = [case for case in suite_cases.all_cases(small) if not case.new_pages]
-    own = gpu_cases(small)
+    own = [with_cuda(case) if _wants_cuda(case) else case for case in gpu_cases(small)]
     return own + sorted(others, key=lambda case: case.dtype == torch.float32)
 
 
 def gpu_cases(small: bool = False) -> list[Case]:
     return [*attention_cases(small), *other_cases(small)]
+
+
+# Our CUDA kernels, where they are built, beside our Triton kernels
+
+
+def has_cuda(op: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the CUDA kernels have the op, whose name begins `op`, on the device. Says nothing of its sizes."""
+    if _native.cuda_refusal is not None or _native.cuda().device != device.type:
+        return False
+    if device.type == "cuda" and (not torch.cuda.is_available() or torch.version.hip is not None):
+        return False
+    return op.startswith(CUDA_OPS) and not (op.startswith("attention") and dtype == torch.float32)
+
+
+def _wants_cuda(case: Case) -> bool:
+    """Cases that run forward each time: a backward pass alone belongs to the kernels that made its graph."""
+    if case.measured == "backward" or not has_cuda(case.op, case.dtype, torch.device("cuda")):
+        return False
+    return case.op != "attention" or any(word in case.workload for word in SHORT)
+
+
+def with_cuda(case: Case) -> Case:
+    """The case with one peer more: the same call with the backend "cuda", held to the oracle like ours."""
+
+    def make(device):
+        contest = case.make(device)
+
+        def under(function):
+            def run():
+                with _dispatch.use_backend("cuda"):
+                    return function()
+
+            return run
+
+        def check():
+            contest.check()
+            under(contest.check)()
+
+        return Contest(contest.ours, {**contest.peers, CUDA: under(contest.ours)}, check, contest.work, contest.fresh)
+
+    return dataclasses.replace(case, peers=(*case.peers, CUDA), make=make)
 
 
 # Attention
