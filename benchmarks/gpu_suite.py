@@ -5,8 +5,8 @@
     PYTHONPATH=. python benchmarks/gpu_suite.py --part train --out DIR   # a whole train step beside padded PyTorch
 
 Each part writes DIR/<part>.json and DIR/<part>.md; finished rows go to DIR/<part>.jsonl at once, so that a run that is
-killed leaves what it found. What did not fit into the budget is named at the end. The CUDA kernels are checked and timed
-beside the Triton kernels where they were built (`python setup.py build_ext --inplace`, with nvcc).
+killed leaves what it found. What did not fit into the budget is named at the end. The CUDA kernels are checked and
+timed beside the Triton kernels where they were built (`python setup.py build_ext --inplace`, with nvcc).
 """
 
 from __future__ import annotations
