@@ -135,7 +135,7 @@ def test_more_tensors_than_a_launch_takes(norm):
         for name in ("delta", "momentum", "previous"):
             assert torch.equal(t[name], together[name][i])
     deltas = [t["delta"] for t in tensors]
-    want = mmfast.random_start_([d.cpu() for d in deltas], eps=eps, norm=norm, seed=5, backend="cpu")
+    want = mmfast.random_start_([d.cpu().clone() for d in deltas], eps=eps, norm=norm, seed=5, backend="cpu")
     mmfast.random_start_(deltas, eps=eps, norm=norm, seed=5, backend="cuda")
     for got, one in zip(deltas, want):
         assert torch.equal(got.cpu(), one) if norm == "linf" else torch.allclose(got.cpu(), one, rtol=2e-6, atol=1e-7)
