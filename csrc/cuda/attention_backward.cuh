@@ -11,19 +11,16 @@
 namespace mmfast {
 namespace cuda {
 
-constexpr int kStep = 32;  // columns of the other side at a time: more would not fit into registers
-constexpr int kStepColumns = kStep / 8;
-
 template <class T, int kDim>
 struct KeysShared {
   T keys[kTileRows * kDim];
   T values[kTileRows * kDim];
   T queries[2][kTileRows * kDim];
   T dout[2][kTileRows * kDim];
-  float lse[2][kTileRows];  // in exponents of 2; infinity where nothing is seen, so that weights are 0
-  float delta[2][kTileRows];
-  uint64_t visible[2][kTileRows];
-  uint64_t kept[2][kTileRows];
+  float lse[kTileRows];  // in exponents of 2; infinity where nothing is seen, so that weights are 0
+  float delta[kTileRows];
+  uint64_t visible[kTileRows];
+  uint64_t kept[kTileRows];
   uint8_t kinds[kThreads];
 };
 
@@ -35,7 +32,7 @@ __device__ __forceinline__ RowState row_state(const CudaAttentionParams& p, cons
                                               int head_k, int group, int i) {
   RowState state;
   if (i >= tile.valid) return state;
-  const int64_t virtual_row = tile.first + i;
+  const int virtual_row = tile.first + i;
   const int64_t at =
       (head_k * group + virtual_row % group) * p.layout_q.total + tile.begin + virtual_row / group;
   const float lse = p.lse[at];
@@ -43,33 +40,50 @@ __device__ __forceinline__ RowState row_state(const CudaAttentionParams& p, cons
   return {lse * kLog2e, p.delta[at]};
 }
 
-// From a raw score and dout v^T to the weight as dv needs it, and to the score's gradient over scale.
+// Turns scores into weights as dv needs them, and dout v^T into the scores' gradients over scale. `cell(c,
+// half)` says what there is to know of register 2 half + c % 2 of column block c / 2.
 struct Cell {
-  float weight, ds;
+  RowState row;
+  bool seen, stays;
 };
-__device__ __forceinline__ Cell differentiate(float s, float dp, RowState row, bool seen, bool stays,
-                                              const CudaAttentionParams& p, float keep_scale) {
-  float slope = 1;
-  if (p.softcap > 0) {
-    s = cap(s, p.inner);
-    slope = 1 - s * s;
+template <int kColumns, class CellOf>
+__device__ __forceinline__ void differentiate(float (&s)[kColumns][4], float (&dp)[kColumns][4],
+                                              const CudaAttentionParams& p, float keep_scale, CellOf cell) {
+#pragma unroll
+  for (int i = 0; i < 4 * kColumns; ++i) {
+    const Cell at = cell(i / 4 * 2 + i % 2, i / 2 % 2);
+    float& x = dp[i / 4][i % 4];
+    x = (at.stays ? x * keep_scale : 0) - at.row.delta;
   }
-  const float weight = seen ? exp2_approx(s * p.exponent - row.lse) : 0;
-  const float gradient = stays ? dp * keep_scale : 0;
-  return {stays ? weight * keep_scale : 0, weight * (gradient - row.delta) * slope};
+  if (p.softcap > 0) {
+#pragma unroll
+    for (int i = 0; i < 4 * kColumns; ++i) {
+      const float tanh = cap(s[i / 4][i % 4], p.inner);
+      s[i / 4][i % 4] = tanh;
+      dp[i / 4][i % 4] *= 1 - tanh * tanh;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4 * kColumns; ++i) {
+    const Cell at = cell(i / 4 * 2 + i % 2, i / 2 % 2);
+    float& x = s[i / 4][i % 4];
+    x = at.seen ? exp2_approx(x * p.exponent - at.row.lse) : 0;
+    dp[i / 4][i % 4] *= x;
+    x = at.stays ? x * keep_scale : 0;
+  }
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads) keys_kernel(const __grid_constant__ CudaAttentionParams p) {
+__global__ void __launch_bounds__(kThreads, 2) keys_kernel(const __grid_constant__ CudaAttentionParams p) {
   auto& shared = *reinterpret_cast<KeysShared<T, kDim>*>(shared_memory());
   const int group = p.heads / p.heads_k, head_k = int(blockIdx.y), part = int(blockIdx.z);
   const SampleTile tile = find_tile(p.layout_k, 1, blockIdx.x);
   if (tile.extent <= 0) return;
   SampleRows queries{};
   if (tile.valid > 0) queries = sample_rows(p.layout_q, tile.sample, group);
-  Walk walk{p.mask, nullptr, {}, false, share_of(queries.tiles(), part, p.query_parts), shared.kinds};
+  Walk walk{p.mask, nullptr, nullptr, false, share_of(queries.tiles(), part, p.query_parts), shared.kinds};
   if (p.summaries && tile.valid > 0) {
-    walk.own = p.summaries[p.tiles_q + blockIdx.x];
+    walk.own = p.summaries + p.tiles_q + blockIdx.x;
     walk.summaries = p.summaries + first_tile(p.layout_q, tile.sample, group);
   }
   const bool drops = p.dropout_p > 0;
@@ -83,6 +97,7 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(const __grid_constant__ 
     if (threadIdx.x < kTileRows) coming = row_state(p, q, head_k, group, int(threadIdx.x));
   };
 
+  constexpr int kRows = kDim == 64 ? kStep : 16;  // of queries at a time
   const int first = warp_id() * kWarpRows, lane = lane_id();
   const bool works = first < tile.valid;
   float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {};
@@ -95,48 +110,40 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(const __grid_constant__ 
   for (int stage = 0; i < walk.range.end; stage ^= 1) {
     const SampleTile q = queries.tile(i);
     const bool mixed = walk.kind != kFullTile || tile.valid < kTileRows;
+    __syncthreads();  // all have done with the tile before
     if (threadIdx.x < kTileRows) {
-      shared.lse[stage][threadIdx.x] = coming.lse;
-      shared.delta[stage][threadIdx.x] = coming.delta;
+      shared.lse[threadIdx.x] = coming.lse;
+      shared.delta[threadIdx.x] = coming.delta;
     }
-    if (mixed) write_visible(shared.visible[stage], p, q, tile, walk.kind, group);
-    if (drops) write_kept(shared.kept[stage], p, q, tile.first, head_k, group);
+    if (mixed) write_visible(shared.visible, p, q, tile, walk.kind, group);
+    if (drops) write_kept(shared.kept, p, q, tile.first, head_k, group);
     cp_async_wait<0>();
     __syncthreads();
     const int next = walk.visit(i + 1);
     if (next < walk.range.end) copy_queries(stage ^ 1, next);
     // A query's word holds 64 keys; those of a warp are one quarter.
-    const uint16_t* const visible = reinterpret_cast<const uint16_t*>(shared.visible[stage]) + warp_id();
-    const uint16_t* const kept = reinterpret_cast<const uint16_t*>(shared.kept[stage]) + warp_id();
+    const uint16_t* const visible = reinterpret_cast<const uint16_t*>(shared.visible) + warp_id();
+    const uint16_t* const kept = reinterpret_cast<const uint16_t*>(shared.kept) + warp_id();
     if (works) {
 #pragma unroll 1
-      for (int begin = 0; begin < q.valid; begin += kStep) {
-        float s[kStepColumns][4] = {}, dp[kStepColumns][4] = {};
+      for (int begin = 0; begin < q.valid; begin += kRows) {
+        float s[kRows / 8][4] = {}, dp[kRows / 8][4] = {};
         uint32_t a[4];
-#pragma unroll 4  // more would not fit into registers
+#pragma unroll 4  // all eight of D = 128 would need more registers than there are
         for (int step = 0; step < kDim / 16; ++step) {
           load_a<kDim>(a, shared.keys, first, step);
           multiply_transposed<kDim>(s, a, shared.queries[stage], begin, step);
           load_a<kDim>(a, shared.values, first, step);
           multiply_transposed<kDim>(dp, a, shared.dout[stage], begin, step);
         }
+        differentiate(s, dp, p, keep_scale, [&](int c, int half) {
+          const int row = begin + c / 2 * 8 + lane % 4 * 2 + c % 2, key = lane / 4 + 8 * half;
+          return Cell{{shared.lse[row], shared.delta[row]},
+                      !mixed || (visible[4 * row] >> key & 1),
+                      !drops || (kept[4 * row] >> key & 1)};
+        });
 #pragma unroll
-        for (int c = 0; c < 2 * kStepColumns; ++c) {
-          const int row = begin + c / 2 * 8 + lane % 4 * 2 + c % 2;
-          const RowState state{shared.lse[stage][row], shared.delta[stage][row]};
-          const int seen = mixed ? visible[4 * row] >> (lane / 4) : ~0;
-          const int stays = drops ? kept[4 * row] >> (lane / 4) : ~0;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float &x = s[c / 2][2 * half + c % 2], &y = dp[c / 2][2 * half + c % 2];
-            const Cell cell =
-                differentiate(x, y, state, seen >> (8 * half) & 1, stays >> (8 * half) & 1, p, keep_scale);
-            x = cell.weight;
-            y = cell.ds;
-          }
-        }
-#pragma unroll
-        for (int step = 0; step < kStep / 16; ++step) {
+        for (int step = 0; step < kRows / 16; ++step) {
           to_a<T>(a, s[2 * step], s[2 * step + 1]);
           multiply_rows<kDim>(dv, a, shared.dout[stage], begin + 16 * step);
           to_a<T>(a, dp[2 * step], dp[2 * step + 1]);
@@ -186,16 +193,17 @@ struct QueriesShared {
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads) queries_kernel(const __grid_constant__ CudaAttentionParams p) {
+__global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
+    queries_kernel(const __grid_constant__ CudaAttentionParams p) {
   auto& shared = *reinterpret_cast<QueriesShared<T, kDim>*>(shared_memory());
   const int group = p.heads / p.heads_k, head_k = int(blockIdx.y), part = int(blockIdx.z);
   const SampleTile tile = find_tile(p.layout_q, group, blockIdx.x);
   if (tile.extent <= 0) return;
   SampleRows keys{};
   if (tile.valid > 0) keys = sample_rows(p.layout_k, tile.sample, 1);
-  Walk walk{p.mask, nullptr, {}, true, share_of(keys.tiles(), part, p.key_parts), shared.kinds};
+  Walk walk{p.mask, nullptr, nullptr, true, share_of(keys.tiles(), part, p.key_parts), shared.kinds};
   if (p.summaries && tile.valid > 0) {
-    walk.own = p.summaries[blockIdx.x];
+    walk.own = p.summaries + blockIdx.x;
     walk.summaries = p.summaries + p.tiles_q + first_tile(p.layout_k, tile.sample, 1);
   }
   const bool drops = p.dropout_p > 0;
@@ -237,27 +245,24 @@ __global__ void __launch_bounds__(kThreads) queries_kernel(const __grid_constant
       for (int begin = 0; begin < k.valid; begin += kStep) {
         float s[kStepColumns][4] = {}, dp[kStepColumns][4] = {};
         uint32_t a[4];
-#pragma unroll
+#pragma unroll 4  // all eight of D = 128 would need more registers than there are
         for (int step = 0; step < kDim / 16; ++step) {
           load_a<kDim>(a, shared.queries, first, step);
           multiply_transposed<kDim>(s, a, shared.keys[stage], begin, step);
           load_a<kDim>(a, shared.dout, first, step);
           multiply_transposed<kDim>(dp, a, shared.values[stage], begin, step);
         }
+        const int row = first + lane / 4, shift = begin + lane % 4 * 2;
+        uint32_t seen[2], stays[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = first + lane / 4 + 8 * half, shift = begin + lane % 4 * 2;
-          const uint32_t seen = mixed ? uint32_t(shared.visible[row] >> shift) : ~0u;
-          const uint32_t stays = drops ? uint32_t(shared.kept[row] >> shift) : ~0u;
-#pragma unroll
-          for (int c = 0; c < 2 * kStepColumns; ++c) {
-            float& y = dp[c / 2][2 * half + c % 2];
-            const int bit = c / 2 * 8 + c % 2;
-            y = differentiate(s[c / 2][2 * half + c % 2], y, state[half], seen >> bit & 1, stays >> bit & 1,
-                              p, keep_scale)
-                    .ds;
-          }
+          seen[half] = mixed ? uint32_t(shared.visible[row + 8 * half] >> shift) : ~0u;
+          stays[half] = drops ? uint32_t(shared.kept[row + 8 * half] >> shift) : ~0u;
         }
+        differentiate(s, dp, p, keep_scale, [&](int c, int half) {
+          const int bit = c / 2 * 8 + c % 2;
+          return Cell{state[half], bool(seen[half] >> bit & 1), bool(stays[half] >> bit & 1)};
+        });
 #pragma unroll
         for (int step = 0; step < kStep / 16; ++step) {
           to_a<T>(a, dp[2 * step], dp[2 * step + 1]);
@@ -273,7 +278,7 @@ __global__ void __launch_bounds__(kThreads) queries_kernel(const __grid_constant
     const int own = first + lane / 4 + 8 * half;
     if (own >= tile.extent) continue;
     const bool exists = own < tile.valid;
-    const int64_t virtual_row = tile.first + own;
+    const int virtual_row = tile.first + own;
     const int64_t row = tile.begin + virtual_row / group, head = head_k * group + virtual_row % group;
     const int column = lane % 4 * 2;
     float* const part_row =
@@ -339,8 +344,11 @@ void launch_sum(const float* parts, int count, int64_t size, const HeadsView& su
          SumParams<T>{parts, count, size, static_cast<T*>(sum.data)}, "attention_backward");
 }
 
+constexpr size_t kMostShared = 99 << 10;  // of a block on sm_86 and sm_89
+
 template <class T, int kDim>
 void launch_backward(const CudaAttentionParams& p, void* stream) {
+  static_assert(sizeof(KeysShared<T, kDim>) <= kMostShared && sizeof(QueriesShared<T, kDim>) <= kMostShared);
   const char* op = "attention_backward";
   const dim3 block(kThreads);
   const int64_t lines = p.layout_q.total * p.heads, warps = kThreads / 32;

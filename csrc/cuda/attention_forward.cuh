@@ -27,32 +27,37 @@ struct Accumulator {
   float total[2] = {0, 0};
 };
 
-// One tile of keys. bits: visible and kept cells of the thread's rows, from its first column on, every one of
-// 64 bits where all are.
-template <class T, int kDim>
-__device__ __forceinline__ void attend(Accumulator<kDim>& acc, const uint32_t (&queries)[kDim / 16][4],
-                                       const T* keys, const T* values, const uint64_t* visible,
-                                       const uint64_t* kept, const CudaAttentionParams& p, float exponent) {
-  constexpr int kColumns = kTileRows / 8;
-  float s[kColumns][4] = {};
-#pragma unroll
-  for (int step = 0; step < kDim / 16; ++step) multiply_transposed<kDim>(s, queries[step], keys, 0, step);
-  if (p.softcap > 0) {
-#pragma unroll
-    for (int i = 0; i < kColumns * 4; ++i) s[i / 4][i % 4] = cap(s[i / 4][i % 4], p.inner);
-  }
-  const int row = warp_id() * kWarpRows + lane_id() / 4, column = lane_id() % 4 * 2;
+// Cells of keys from `begin` on whose bit is not set become `other`; `words`: those of the tile's rows.
+__device__ __forceinline__ void select(float (&s)[kStepColumns][4], const uint64_t* words, int begin,
+                                       float other) {
+  const int row = warp_id() * kWarpRows + lane_id() / 4, shift = begin + lane_id() % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (visible) {
-      const uint64_t bits = visible[row + 8 * half] >> column;
+    const uint32_t bits = uint32_t(words[row + 8 * half] >> shift);
 #pragma unroll
-      for (int i = 0; i < kColumns * 2; ++i)
-        if (!(bits >> (i / 2 * 8 + i % 2) & 1)) s[i / 2][2 * half + i % 2] = -kInfinity;
-    }
+    for (int i = 0; i < 2 * kStepColumns; ++i)
+      if (!(bits >> (i / 2 * 8 + i % 2) & 1)) s[i / 2][2 * half + i % 2] = other;
+  }
+}
+
+// kStep keys of a tile from `begin` on. `visible` and `kept` are null where all cells are.
+template <class T, int kDim>
+__device__ __forceinline__ void attend(Accumulator<kDim>& acc, const uint32_t (&queries)[kDim / 16][4],
+                                       const T* keys, const T* values, int begin, const uint64_t* visible,
+                                       const uint64_t* kept, const CudaAttentionParams& p, float exponent) {
+  float s[kStepColumns][4] = {};
+#pragma unroll
+  for (int step = 0; step < kDim / 16; ++step) multiply_transposed<kDim>(s, queries[step], keys, begin, step);
+  if (p.softcap > 0) {
+#pragma unroll
+    for (int i = 0; i < 4 * kStepColumns; ++i) s[i / 4][i % 4] = cap(s[i / 4][i % 4], p.inner);
+  }
+  if (visible) select(s, visible, begin, -kInfinity);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
     float peak = acc.peak[half];
 #pragma unroll
-    for (int i = 0; i < kColumns * 2; ++i) peak = fmaxf(peak, s[i / 2][2 * half + i % 2]);
+    for (int i = 0; i < 2 * kStepColumns; ++i) peak = fmaxf(peak, s[i / 2][2 * half + i % 2]);
     peak = max_of_row(peak);
     // Nothing seen so far: exponents of minus infinity, not of infinity minus infinity.
     const float shift = peak == -kInfinity ? 0 : peak * exponent;
@@ -65,38 +70,33 @@ __device__ __forceinline__ void attend(Accumulator<kDim>& acc, const uint32_t (&
       acc.out[n][2 * half + 1] *= rescale;
     }
 #pragma unroll
-    for (int i = 0; i < kColumns * 2; ++i) {
+    for (int i = 0; i < 2 * kStepColumns; ++i) {
       float& x = s[i / 2][2 * half + i % 2];
       x = exp2_approx(x * exponent - shift);
       acc.total[half] += x;
     }
-    if (kept) {
-      const uint64_t bits = kept[row + 8 * half] >> column;
-#pragma unroll
-      for (int i = 0; i < kColumns * 2; ++i)
-        if (!(bits >> (i / 2 * 8 + i % 2) & 1)) s[i / 2][2 * half + i % 2] = 0;
-    }
   }
+  if (kept) select(s, kept, begin, 0);
 #pragma unroll
-  for (int step = 0; step < kTileRows / 16; ++step) {
+  for (int step = 0; step < kStep / 16; ++step) {
     uint32_t weights[4];
     to_a<T>(weights, s[2 * step], s[2 * step + 1]);
-    multiply_rows<kDim>(acc.out, weights, values, 16 * step);
+    multiply_rows<kDim>(acc.out, weights, values, begin + 16 * step);
   }
 }
 
-// Two blocks to a multiprocessor: registers for three would not hold a tile.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_constant__ CudaAttentionParams p) {
+__global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
+    forward_kernel(const __grid_constant__ CudaAttentionParams p) {
   auto& shared = *reinterpret_cast<ForwardShared<T, kDim>*>(shared_memory());
   const int group = p.heads / p.heads_k, head_k = int(blockIdx.y), part = int(blockIdx.z);
   const SampleTile tile = find_tile(p.layout_q, group, blockIdx.x);
   if (tile.extent <= 0) return;
   SampleRows keys{};
   if (tile.valid > 0) keys = sample_rows(p.layout_k, tile.sample, 1);
-  Walk walk{p.mask, nullptr, {}, true, share_of(keys.tiles(), part, p.key_parts), shared.kinds};
+  Walk walk{p.mask, nullptr, nullptr, true, share_of(keys.tiles(), part, p.key_parts), shared.kinds};
   if (p.summaries && tile.valid > 0) {
-    walk.own = p.summaries[blockIdx.x];
+    walk.own = p.summaries + blockIdx.x;
     walk.summaries = p.summaries + p.tiles_q + first_tile(p.layout_k, tile.sample, 1);
   }
   auto copy_keys = [&](int stage, int i) {
@@ -139,9 +139,11 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_const
         if (mixed) write_visible(shared.visible, p, tile, k, kind, group);
         if (p.dropout_p > 0) write_kept(shared.kept, p, tile, k.first, head_k, group);
         __syncwarp();
-        attend<T, kDim>(acc, queries, shared.keys[stage], shared.values[stage],
-                        mixed ? shared.visible : nullptr, p.dropout_p > 0 ? shared.kept : nullptr, p,
-                        exponent);
+#pragma unroll 1
+        for (int begin = 0; begin < k.valid; begin += kStep)
+          attend<T, kDim>(acc, queries, shared.keys[stage], shared.values[stage], begin,
+                          mixed ? shared.visible : nullptr, p.dropout_p > 0 ? shared.kept : nullptr, p,
+                          exponent);
       }
       i = next;
     }
@@ -154,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_const
     if (own >= tile.extent) continue;
     const bool sees = own < tile.valid && total != 0;
     const float factor = sees ? 1 / (total * (1 - p.dropout_p)) : 0;
-    const int64_t virtual_row = tile.first + own;
+    const int virtual_row = tile.first + own;
     const int64_t row = tile.begin + virtual_row / group, head = head_k * group + virtual_row % group;
     const bool split = p.key_parts > 1;
     float* const lse = split ? p.lse_parts + int64_t(part) * p.heads * p.layout_q.total : p.lse;

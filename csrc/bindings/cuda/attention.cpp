@@ -43,9 +43,10 @@ CudaAttentionParams cuda_params(const char* op, const TensorView& q, const Tenso
   for (const int parts : {key_parts, query_parts})
     check(parts >= 1 && parts <= kMostBlocks, op, ": a tile has ", parts, " parts; expected 1 to ",
           kMostBlocks);
-  check(p.heads_k <= kMostBlocks && std::max(p.tiles_q, p.tiles_k) <= INT32_MAX, op, ": k has ", p.heads_k,
-        " heads and q and k ", p.tiles_q, " and ", p.tiles_k, " tiles; at most ", kMostBlocks, " and ",
-        INT32_MAX, " fit into a launch");
+  check(p.heads_k <= kMostBlocks, op, ": k has ", p.heads_k, " heads; expected at most ", kMostBlocks);
+  check(p.layout_q.total * (p.heads / p.heads_k) <= kMostVirtualRows && p.layout_k.total <= kMostVirtualRows,
+        op, ": q has ", p.layout_q.total, " rows in groups of ", p.heads / p.heads_k, ", k ",
+        p.layout_k.total, "; at most ", kMostVirtualRows, " fit into 32 bits");
   check_tensor(op, "summaries", summaries, DType::i32, 2);
   check_contiguous(op, "summaries", summaries);
   check_size(op, "summaries", summaries, 0, p.tiles_q + p.tiles_k);

@@ -18,6 +18,7 @@
 namespace mmfast {
 
 constexpr int kTileRows = 64;
+constexpr int64_t kMostVirtualRows = INT32_MAX - kTileRows;  // of a tensor, so that 32 bits count them
 
 // Most tiles that there can be.
 MMFAST_HOST_DEVICE int64_t most_tiles(int64_t rows, int64_t batch, int group) {
@@ -47,7 +48,7 @@ MMFAST_HOST_DEVICE int64_t first_tile(const LayoutView& layout, int64_t sample, 
 struct SampleTile {
   int64_t sample;  // outside of samples nothing is valid
   int64_t begin;   // the segment's first row in the tensor
-  int64_t first;   // virtual row in the segment of the tile's first row
+  int first;       // virtual row in the segment of the tile's first row
   int extent;      // virtual rows that the tile owns; none: the tile is not needed
   int valid;       // of them, those that exist
 };
@@ -64,7 +65,7 @@ MMFAST_HOST_DEVICE SampleTile find_tile(const LayoutView& layout, int group, int
   SampleTile t;
   t.sample = low - 1;
   t.begin = segment_begin(layout, low);
-  t.first = (tile - (t.begin * group / kTileRows + low)) * kTileRows;
+  t.first = int(tile - (t.begin * group / kTileRows + low)) * kTileRows;
   auto inside = [&](int64_t rows) {
     const int64_t n = rows * group - t.first;
     return n < 0 ? 0 : n > kTileRows ? kTileRows : int(n);
@@ -76,18 +77,19 @@ MMFAST_HOST_DEVICE SampleTile find_tile(const LayoutView& layout, int group, int
 
 // The virtual rows of one sample that exist.
 struct SampleRows {
-  int64_t sample, begin, count;
+  int64_t sample, begin;
+  int count;
 
-  MMFAST_MEMBER int tiles() const { return int((count + kTileRows - 1) / kTileRows); }
+  MMFAST_MEMBER int tiles() const { return (count + kTileRows - 1) / kTileRows; }
   MMFAST_MEMBER SampleTile tile(int i) const {
-    const int64_t first = int64_t(i) * kTileRows, left = count - first;
-    const int valid = left < kTileRows ? int(left) : kTileRows;
+    const int first = i * kTileRows, left = count - first;
+    const int valid = left < kTileRows ? left : kTileRows;
     return {sample, begin, first, valid, valid};
   }
 };
 
 MMFAST_HOST_DEVICE SampleRows sample_rows(const LayoutView& layout, int64_t sample, int group) {
-  return {sample, segment_begin(layout, sample + 1), rows_used(layout, sample) * group};
+  return {sample, segment_begin(layout, sample + 1), int(rows_used(layout, sample) * group)};
 }
 
 // The share of `part` in some tiles.
@@ -124,8 +126,8 @@ MMFAST_HOST_DEVICE TileSummary summarize(const LayoutView& layout, const SampleT
                                          int offset, int step) {
   TileSummary s{};
   if (!tile.valid) return s;
-  const int64_t last = (tile.first + tile.valid - 1) / group;
-  for (int64_t row = tile.first / group + offset; row <= last; row += step) {
+  const int last = (tile.first + tile.valid - 1) / group;
+  for (int row = tile.first / group + offset; row <= last; row += step) {
     const int32_t time = time_of(layout, tile.sample, tile.begin, row);
     const int32_t position = position_of(layout, tile.sample, row);
     s = merge(s, {1u << modality_of(layout, tile.begin, row), time, time, position, position});
