@@ -342,7 +342,7 @@ def fields(layout):
 
 def test_tiles_cover_every_row_once_and_lie_in_one_sample(schedule):
     random_ = random.Random(7)
-    for _ in range(1500):
+    for _ in range(2000):
         group = random_.choice([1, 2, 3, 8])
         layout = random_layout(random_, random_.randint(0, 6), random_.choice([3, 70, 200]))
         begin = random_.randint(0, 3)
@@ -366,9 +366,9 @@ def test_tiles_cover_every_row_once_and_lie_in_one_sample(schedule):
 def test_skipped_tiles_show_nothing_and_full_ones_everything(schedule):
     random_ = random.Random(8)
     seen = {0: 0, 1: 0, 2: 0}
-    for _ in range(150):
+    for _ in range(250):
         kind = random_.random()
-        layout, other = random_layout(random_, 2, 150), random_layout(random_, 2, 150)
+        layout, other = random_layout(random_, 2, 130), random_layout(random_, 2, 130)
         if kind < 0.7:  # few modalities and times that grow, as in practice
             layout, other = (
                 dataclasses.replace(x, modality=x.modality // 8, time=x.time.sort()[0] * 9) for x in (layout, other)
