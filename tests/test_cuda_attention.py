@@ -244,6 +244,13 @@ def test_cached_queries():
     assert out.abs().sum() > 0
 
 
+def test_more_tiles_of_keys_than_a_block_classifies_at_once():
+    keys, queries = Layout.from_lengths([8300]), Layout.from_lengths([3])
+    queries = dataclasses.replace(queries, start=torch.tensor([8250], dtype=torch.int32))
+    out, *_ = check(inputs(queries, keys), queries, keys, ModalityMask.causal(window=(70, -1)))
+    assert out.abs().sum() > 0
+
+
 def test_padded_tensors_by_seqused():
     layout = Layout.padded(4, 70, torch.tensor([3, 64, 0, 70], dtype=torch.int32))
     out, lse, *gradients = check(inputs(layout), layout, None, ModalityMask.causal())
