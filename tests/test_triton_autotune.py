@@ -10,9 +10,10 @@ import pytest
 import test_triton_attention as attention
 import test_triton_contrastive as contrastive
 import test_triton_packing as packing
-import test_triton_perturbation as perturbation
 import test_triton_rotary as rotary
 import torch
+from test_perturbation import CASES, make, options
+from test_triton_perturbation import check as check_perturbation
 from triton_cases import DEVICE, needs_triton
 
 import mmfast
@@ -74,10 +75,9 @@ def pack():
 
 
 def attack():
-    for norm, case in (("linf", perturbation.CASES[0]), ("l2", perturbation.CASES[-1])):
+    for norm, case in (("linf", CASES[0]), ("l2", CASES[-1])):
         for shape in ((3, 40), (2, 9000)):  # in one pass, and in several
-            options = perturbation.options(case, norm=norm, eps=0.5, step_size=0.2)
-            perturbation.check(perturbation.make(shape, torch.float32, case), options)
+            check_perturbation(make(shape, torch.float32, case), options(case, norm=norm, eps=0.5, step_size=0.2))
 
 
 def start():
