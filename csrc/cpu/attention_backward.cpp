@@ -37,6 +37,7 @@ struct Buffers {
   KeyBounds* bounds;
   uint32_t* bounds_set;
   BackwardMask* mask;
+  const char **lines_of_values, **lines_of_keys;  // of few queries
 
   void lay_out(Arena& arena, int64_t dim, int64_t rows) {
     const int64_t units = dim / Units::kPack, wide = round_up(dim, kPanel), narrow = round_up(dim, kGroup);
@@ -62,6 +63,8 @@ struct Buffers {
     bounds = arena.take<KeyBounds>(kChunkPanels * kMaxModalities);
     bounds_set = arena.take<uint32_t>(kChunkPanels);
     mask = arena.take<BackwardMask>(1);
+    lines_of_values = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
+    lines_of_keys = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
   }
 };
 
@@ -96,10 +99,11 @@ struct Backward {
     return rows_of<T>(x, q0 + row / group, head_k * group + row % group).data;
   }
 
-  void run() {
+  // next: what this thread probably runs next.
+  void run(const Backward& next) {
     prepare();
     if (is_few()) {
-      few_queries();
+      few_queries(next);
       return finish_queries();
     }
     for (int64_t key = item.begin; key < item.end; key += kScores) {
@@ -147,7 +151,7 @@ struct Backward {
 
   // All queries, at most kFewRows, see all keys: scores and dp are [keys][64 queries], with keys and values
   // in place as A and the queries' panels as B, and what is per query goes by vectors.
-  void few_queries() {
+  void few_queries(const Backward& next) {
     const int rows = int(rows_all);
     for (int r = 0; r < rows; r += kGroup) {
       const int n = rows - r < kGroup ? rows - r : kGroup;
@@ -161,36 +165,55 @@ struct Backward {
                            w.queries_b);
     pack_rows_of<Units, T>([&](int64_t i) { return row_of(p.dout, i); }, rows, p.dim, kFewRows / Units::kPack,
                            w.douts_b);
-    const int64_t all = item.end - item.begin, chunks = (all + kFewKeys - 1) / kFewKeys;
-    const int64_t step = round_up((all + chunks - 1) / chunks, Units::kPack);
+    const int64_t step = few_keys();
     for (int64_t key = item.begin; key < item.end; key += step)
-      few_chunk(key, int(item.end - key < step ? item.end - key : step), rows, key == item.begin);
+      few_chunk(key, int(item.end - key < step ? item.end - key : step), rows, next);
     std::memset(w.started, 1, rows / kRows + 1);
   }
 
-  void few_chunk(int64_t key, int n, int rows, bool first) {
+  int64_t few_keys() const {
+    const int64_t all = item.end - item.begin, chunks = (all + kFewKeys - 1) / kFewKeys;
+    return round_up((all + chunks - 1) / chunks, Units::kPack);
+  }
+
+  void add_keys(Lines& lines, const HeadsView& x, int64_t key, int64_t n) const {
+    const Rows<T> rows = rows_of<T>(x, k0 + key, head_k);
+    for (int64_t i = 0; i < n && key + i < item.end; ++i) lines.add(rows.data + i * rows.stride, p.dim);
+  }
+
+  void few_chunk(int64_t key, int n, int rows, const Backward& next) {
+    const bool first = key == item.begin;
     const Rows<T> k = rows_of<T>(p.k, k0 + key, head_k), v = rows_of<T>(p.v, k0 + key, head_k);
+    Lines values(w.lines_of_values), later(w.lines_of_keys);
+    add_keys(values, p.v, key, n);
+    values.end(units);
+    if (key + n < item.end)
+      add_keys(later, p.k, key + n, n);
+    else
+      next.add_keys(later, p.k, next.item.begin, next.few_keys());
+    later.end(kFewKeys > units ? kFewKeys : units);
     for (int r = 0; r < rows; r += kPanel) {
       const int width = rows - r < kPanel ? rows - r : kPanel, groups = int(round_up(width, kGroup)) / kGroup;
-      multiply_in_place<Units>(k, v, p.dim, w.keys_t + r * units, groups, n, scale.product, w.p);
-      multiply_in_place<Units>(v, k, p.dim, w.values_t + r * units, groups, n, p.scale, w.ds);
+      multiply_in_place<Units>(k, p.dim, w.keys_t + r * units, groups, n, scale.product, w.p, values);
+      multiply_in_place<Units>(v, p.dim, w.values_t + r * units, groups, n, p.scale, w.ds, later);
       if (r == 0)
         pack_rows_of<Units, T>([&](int64_t i) { return k.data + i * k.stride; }, n, p.dim,
                                kScores / Units::kPack, w.keys);
       for (int j = 0; j < width; j += kLanes)
         weigh_columns(j, r, n, first && key + n == p.layout_k.length(item.sample));
-      key_gradients(w.p, w.douts_b + r / Units::kPack * kPanel, width, n, r > 0, w.dv);
-      key_gradients(w.ds, w.queries_b + r / Units::kPack * kPanel, width, n, r > 0, w.dk);
-      const Epilogue e{first ? Store::set : Store::add, 1.0f, nullptr};
+      const bool last = r + kPanel >= rows;
+      const int64_t at = r / Units::kPack * kPanel;
+      key_gradients(w.p, w.douts_b + at, width, key, n, r > 0, last, w.dv, p.dv);
+      key_gradients(w.ds, w.queries_b + at, width, key, n, r > 0, last, w.dk, p.dk);
+      const int64_t steps = (n + Units::kPack - 1) / Units::kPack;
       for (int i = 0; i < width; i += kRows)
         for (int64_t d = 0; d < p.dim; d += kPanel)
           multiply<Units>(width - i < kRows ? width - i : kRows,
                           int(narrow - d < kPanel ? narrow - d : kPanel) / kGroup, w.ds_rows + i, 1, kPanel,
-                          w.keys + d * (kScores / Units::kPack), (n + Units::kPack - 1) / Units::kPack,
-                          w.dq + (r + i) * narrow + d, narrow, e);
+                          w.keys + d * (kScores / Units::kPack), steps, w.dq + (r + i) * narrow + d, narrow,
+                          {first ? Store::set : Store::add, 1.0f, nullptr, later.take(steps)});
     }
-    write_keys(p.dk, w.dk, key, n);
-    write_keys(p.dv, w.dv, key, n);
+    later.rest();
   }
 
   // Scores and dp of the queries of one vector become p and ds: rows of units, and for bfloat16 ds by pairs
@@ -226,15 +249,24 @@ struct Backward {
     }
   }
 
-  // out [n][dim] = a b, or += : a [n][64 queries] is p or ds, b the same queries' rows of dout or q.
-  void key_gradients(const float* a, const Unit* b, int width, int n, bool add, float* out) {
-    const Epilogue e{add ? Store::add : Store::set, 1.0f, nullptr};
-    for (int j = 0; j < n; j += kRows)
+  // sums [n][dim] = a b, or += : a [n][64 queries] is p or ds, b the same queries' rows of dout or q. The
+  // last panel of queries writes the sums of a tile of keys at once, so that the next tile runs while memory
+  // takes them.
+  void key_gradients(const float* a, const Unit* b, int width, int64_t key, int n, bool add, bool last,
+                     float* sums, const HeadsView& out) {
+    const int64_t steps = (width + Units::kPack - 1) / Units::kPack;
+    Lines lines(w.lines_of_values);
+    if (last) add_keys(lines, out, key, n);
+    lines.end(steps);
+    for (int j = 0; j < n; j += kRows) {
+      const int height = n - j < kRows ? n - j : kRows;
       for (int64_t d = 0; d < p.dim; d += kPanel)
-        multiply<Units>(
-            n - j < kRows ? n - j : kRows, int(narrow - d < kPanel ? narrow - d : kPanel) / kGroup,
-            reinterpret_cast<const Unit*>(a + j * kPanel), kPanel, 1, b + d * (kFewRows / Units::kPack),
-            (width + Units::kPack - 1) / Units::kPack, out + j * narrow + d, narrow, e);
+        multiply<Units>(height, int(narrow - d < kPanel ? narrow - d : kPanel) / kGroup,
+                        reinterpret_cast<const Unit*>(a + j * kPanel), kPanel, 1,
+                        b + d * (kFewRows / Units::kPack), steps, sums + j * narrow + d, narrow,
+                        {add ? Store::add : Store::set, 1.0f, nullptr, lines.take(steps)});
+      if (last) write_keys(out, sums + j * narrow, key + j, height);
+    }
   }
 
   void chunk(int64_t key, int n) {
@@ -568,9 +600,11 @@ void backward_all(const AttentionParams& p) {
     buffers.lay_out(count, p.dim, rows);
     Arena arena{workspace.reserve(count.used), 0};
     buffers.lay_out(arena, p.dim, rows);
+    auto backward = [&](int64_t i) {
+      return Backward<Units, T>{p, p.items[i / p.heads_k], int(i % p.heads_k), buffers, is_trivial};
+    };
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < total; ++i)
-      Backward<Units, T>{p, p.items[i / p.heads_k], int(i % p.heads_k), buffers, is_trivial}.run();
+    for (int64_t i = 0; i < total; ++i) backward(i).run(backward(i + p.threads < total ? i + p.threads : i));
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < sums; ++i)
       if (p.parts[i / p.heads] > 1) add_parts<T>(p, i / p.heads, i % p.heads);

@@ -33,6 +33,7 @@ struct Buffers {
   uint32_t* bounds_set;
   bool* packed;
   ForwardMask* mask;
+  const char **lines_of_keys, **lines_of_values;  // of few queries
 
   void lay_out(Arena& arena, int64_t dim, int64_t panels, int64_t rows) {
     const int64_t units = dim / Units::kPack, wide = round_up(dim, kPanel), narrow = round_up(dim, kGroup);
@@ -51,6 +52,8 @@ struct Buffers {
     bounds_set = arena.take<uint32_t>(panels);
     packed = arena.take<bool>(panels);
     mask = arena.take<ForwardMask>(1);
+    lines_of_keys = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
+    lines_of_values = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
   }
 };
 
@@ -142,8 +145,9 @@ struct Forward {
   const int64_t keys = p.layout_k.length(item.sample);
   const Side side_q = side_of(p.layout_q, item.sample), side_k = side_of(p.layout_k, item.sample);
 
-  void run() {
-    if (is_trivial && item.end - item.begin <= kFewRows && keys_in_place()) return few_queries();
+  // next: what this thread probably runs next.
+  void run(const Forward& next) {
+    if (is_trivial && item.end - item.begin <= kFewRows && keys_in_place()) return few_queries(next);
     const int64_t rows = item.end - item.begin;
     std::memset(w.started, 0, rows / kRows + 1);
     for (int64_t r = 0; r < rows; ++r) w.maximum[r] = -kInfinity, w.sum[r] = 0;
@@ -189,7 +193,7 @@ struct Forward {
 
   // All queries of the item, at most kFewRows, see all keys: scores are [keys][64 queries], with keys as A
   // and the queries' panels as B, and softmax runs down their columns.
-  void few_queries() {
+  void few_queries(const Forward& next) {
     const int rows = int(item.end - item.begin);
     for (int r = 0; r < rows; r += kGroup) {
       auto row_of = [&](int i) {
@@ -204,16 +208,23 @@ struct Forward {
       }
     }
     std::memset(w.started, keys > 0, rows / kRows + 1);
-    const int64_t limit = kFewKeys < capacity ? kFewKeys : capacity;
-    const int64_t chunks = (keys + limit - 1) / limit;
-    const int64_t step = chunks ? round_up((keys + chunks - 1) / chunks, Units::kPack) : 0;
+    const int64_t step = few_keys();
     for (int64_t key = 0; key < keys; key += step) {
       const int n = int(keys - key < step ? keys - key : step);
+      const int64_t steps = (n + Units::kPack - 1) / Units::kPack;
       const Rows<T> k = rows_of<T>(p.k, k0 + key, head_k), v = rows_of<T>(p.v, k0 + key, head_k);
+      Lines values(w.lines_of_values), later(w.lines_of_keys);
+      for (int i = 0; i < n; ++i) values.add(v.data + i * v.stride, p.dim);
+      values.end(units);
+      if (key + n < keys)
+        add_keys(later, key + n, step);
+      else
+        next.add_keys(later, 0, next.few_keys());
+      later.end(steps);
       for (int r = 0; r < rows; r += kPanel) {
         const int width = rows - r < kPanel ? rows - r : kPanel;
-        multiply_in_place<Units>(k, v, p.dim, w.keys + r * units, int(round_up(width, kGroup)) / kGroup, n,
-                                 scale.product, w.scores);
+        multiply_in_place<Units>(k, p.dim, w.keys + r * units, int(round_up(width, kGroup)) / kGroup, n,
+                                 scale.product, w.scores, values);
         if (r == 0)
           pack_rows_of<Units, T>([&](int64_t i) { return v.data + i * v.stride; }, n, p.dim,
                                  capacity / Units::kPack, w.values);
@@ -224,11 +235,24 @@ struct Forward {
             multiply<Units>(width - i < kRows ? width - i : kRows,
                             int(narrow - d < kPanel ? narrow - d : kPanel) / kGroup,
                             reinterpret_cast<const Unit*>(w.scores) + i, 1, kPanel,
-                            w.values + d * (capacity / Units::kPack), (n + Units::kPack - 1) / Units::kPack,
-                            w.out + (r + i) * narrow + d, narrow, {kind, 1.0f, w.alpha + i});
+                            w.values + d * (capacity / Units::kPack), steps, w.out + (r + i) * narrow + d,
+                            narrow, {kind, 1.0f, w.alpha + i, later.take(steps)});
       }
+      later.rest();
     }
     finish(0, rows);
+  }
+
+  // Keys between two rescalings of few queries.
+  int64_t few_keys() const {
+    const int64_t limit = kFewKeys < capacity ? kFewKeys : capacity;
+    const int64_t chunks = (keys + limit - 1) / limit;
+    return chunks ? round_up((keys + chunks - 1) / chunks, Units::kPack) : 0;
+  }
+
+  void add_keys(Lines& lines, int64_t key, int64_t n) const {
+    const Rows<T> k = rows_of<T>(p.k, k0 + key, head_k);
+    for (int64_t i = 0; i < n && key + i < keys; ++i) lines.add(k.data + i * k.stride, p.dim);
   }
 
   // Replaces the scores of the queries of one vector by weights, as units of the next product.
@@ -507,9 +531,11 @@ void forward_all(const AttentionParams& p) {
     buffers.lay_out(count, p.dim, capacity / kPanel, rows);
     Arena arena{workspace.reserve(count.used), 0};
     buffers.lay_out(arena, p.dim, capacity / kPanel, rows);
+    auto forward = [&](int64_t i) {
+      return Forward<Units, T>{p, p.items[i / p.heads_k], int(i % p.heads_k), buffers, is_trivial, capacity};
+    };
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < total; ++i)
-      Forward<Units, T>{p, p.items[i / p.heads_k], int(i % p.heads_k), buffers, is_trivial, capacity}.run();
+    for (int64_t i = 0; i < total; ++i) forward(i).run(forward(i + p.threads < total ? i + p.threads : i));
   }
 }
 

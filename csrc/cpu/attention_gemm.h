@@ -70,9 +70,10 @@ struct Epilogue {
   Store store;
   float factor;
   const float* alpha;
+  const char* const* lines = nullptr;  // of memory: each step of the product fetches one
 };
 
-template <class Units, int R, int V>
+template <class Units, int R, int V, bool fetch>
 __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row, int64_t a_step,
                                     const typename Units::Unit* b, int64_t n, float* c, int64_t c_row,
                                     const Epilogue& epilogue) {
@@ -87,6 +88,7 @@ __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) sum[r][j] = Units::multiply_add(sum[r][j], x, column[j]);
     }
+    if constexpr (fetch) __builtin_prefetch(epilogue.lines[i]);
     a += a_step;
     b += kPanel;
   }
@@ -122,23 +124,23 @@ __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row
   }
 }
 
-template <class Units, int V>
+template <class Units, int V, bool fetch>
 MMFAST_INLINE void tile_rows(int rows, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
                              const typename Units::Unit* b, int64_t n, float* c, int64_t c_row,
                              const Epilogue& e) {
   switch (rows) {
     case 6:
-      return tile<Units, 6, V>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 6, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
     case 5:
-      return tile<Units, 5, V>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 5, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
     case 4:
-      return tile<Units, 4, V>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 4, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
     case 3:
-      return tile<Units, 3, V>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 3, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
     case 2:
-      return tile<Units, 2, V>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 2, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
     default:
-      return tile<Units, 1, V>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 1, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
   }
 }
 
@@ -147,25 +149,32 @@ constexpr int tall_rows(int groups) {
   return MMFAST_VECTOR_BYTES == 64 && groups <= 2 ? 2 * kRows : kRows;
 }
 
+template <class Units, bool fetch>
+void multiply_groups(int rows, int groups, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
+                     const typename Units::Unit* b, int64_t n, float* c, int64_t c_row, const Epilogue& e) {
+#if MMFAST_VECTOR_BYTES == 64
+  switch (groups) {
+    case 4:
+      return tile_rows<Units, 4, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
+    case 3:
+      return tile_rows<Units, 3, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
+    case 2:
+      return tile_rows<Units, 2, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
+    default:
+      return tile_rows<Units, 1, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
+  }
+#else
+  for (int j = 0; j < groups * kGroup; j += kVecs * kLanes)
+    tile_rows<Units, kVecs, fetch>(rows, a, a_row, a_step, b + j, n, c + j, c_row, e);
+#endif
+}
+
 // c [rows <= 6][16 * groups] from a [rows][n] and b [n][16 * groups], groups <= 4.
 template <class Units>
 void multiply(int rows, int groups, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
               const typename Units::Unit* b, int64_t n, float* c, int64_t c_row, const Epilogue& e) {
-#if MMFAST_VECTOR_BYTES == 64
-  switch (groups) {
-    case 4:
-      return tile_rows<Units, 4>(rows, a, a_row, a_step, b, n, c, c_row, e);
-    case 3:
-      return tile_rows<Units, 3>(rows, a, a_row, a_step, b, n, c, c_row, e);
-    case 2:
-      return tile_rows<Units, 2>(rows, a, a_row, a_step, b, n, c, c_row, e);
-    default:
-      return tile_rows<Units, 1>(rows, a, a_row, a_step, b, n, c, c_row, e);
-  }
-#else
-  for (int j = 0; j < groups * kGroup; j += kVecs * kLanes)
-    tile_rows<Units, kVecs>(rows, a, a_row, a_step, b + j, n, c + j, c_row, e);
-#endif
+  if (e.lines) return multiply_groups<Units, true>(rows, groups, a, a_row, a_step, b, n, c, c_row, e);
+  multiply_groups<Units, false>(rows, groups, a, a_row, a_step, b, n, c, c_row, e);
 }
 
 // multiply() for up to tall_rows(groups) rows.
@@ -174,8 +183,9 @@ void multiply_tall(int rows, int groups, const typename Units::Unit* a, int64_t 
                    const typename Units::Unit* b, int64_t n, float* c, int64_t c_row, const Epilogue& e) {
   if constexpr (MMFAST_VECTOR_BYTES == 64) {
     if (rows == 2 * kRows) {
-      if (groups == 2) return tile<Units, 2 * kRows, 2>(a, a_row, a_step, b, n, c, c_row, e);
-      return tile<Units, 2 * kRows, 1>(a, a_row, a_step, b, n, c, c_row, e);
+      auto run = groups == 2 ? tile<Units, 2 * kRows, 2, false> : tile<Units, 2 * kRows, 1, false>;
+      if (e.lines) run = groups == 2 ? tile<Units, 2 * kRows, 2, true> : tile<Units, 2 * kRows, 1, true>;
+      return run(a, a_row, a_step, b, n, c, c_row, e);
     }
     if (rows > kRows) {
       multiply<Units>(kRows, groups, a, a_row, a_step, b, n, c, c_row, e);
@@ -191,6 +201,42 @@ template <class T>
 struct Rows {
   const T* data;
   int64_t stride;
+};
+
+// The cache lines of rows that are read later, fetched one by one in the steps of products that run
+// meanwhile. All at once they would wait for memory, and every load after them.
+class Lines {
+ public:
+  explicit Lines(const char** room) : line_(room) {}
+
+  template <class T>
+  void add(const T* row, int64_t dim) {
+    const auto begin = reinterpret_cast<uintptr_t>(row);
+    const uintptr_t end = begin + uintptr_t(dim) * sizeof(T);
+    for (uintptr_t line = begin & ~uintptr_t(63); line < end; line += 64)
+      line_[count_++] = reinterpret_cast<const char*>(line);
+  }
+
+  // To be called after the last row; products have at most `most` steps.
+  void end(int64_t most) {
+    for (int64_t i = 0; i < most && count_; ++i) line_[count_ + i] = line_[count_ - 1];
+  }
+
+  // Those for a product of n steps, or null where none is left.
+  const char* const* take(int64_t n) {
+    if (taken_ >= count_) return nullptr;
+    taken_ += n;
+    return line_ + taken_ - n;
+  }
+
+  // Fetches what products have not.
+  void rest() {
+    for (; taken_ < count_; ++taken_) __builtin_prefetch(line_[taken_]);
+  }
+
+ private:
+  const char** line_;
+  int64_t count_ = 0, taken_ = 0;
 };
 
 MMFAST_INLINE int64_t round_up(int64_t x, int64_t multiple) {

@@ -14,6 +14,12 @@ namespace {
 
 constexpr int kFewRows = 128;  // queries up to which keys are read in place, and scores are [keys][queries]
 constexpr int kFewKeys = 128;  // keys whose scores stay in the first-level cache then
+// Room for the cache lines of that many rows, and for a product's steps behind the last.
+template <class Units>
+constexpr int64_t room_of(int64_t rows, int64_t dim) {
+  return rows * ((dim * 4 / Units::kPack + 63) / 64 + 1) + (dim > kFewKeys ? dim : kFewKeys);
+}
+
 constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = __builtin_inff();
 
@@ -373,22 +379,16 @@ MMFAST_INLINE float max_lanes(vf v) {
 #endif
 }
 
-// out [n][64] = factor * a b, a in place as it lies in memory; the rows of a that follow, and the same rows
-// of `next`, are fetched meanwhile.
+// out [n][64] = factor * a b, a in place as it lies in memory.
 template <class Units, class T>
-void multiply_in_place(const Rows<T>& a, const Rows<T>& next, int64_t dim, const typename Units::Unit* b,
-                       int groups, int n, float factor, float* out) {
-  const Epilogue e{Store::set, factor, nullptr};
+void multiply_in_place(const Rows<T>& a, int64_t dim, const typename Units::Unit* b, int groups, int n,
+                       float factor, float* out, Lines& later) {
   const int height = tall_rows(groups);
-  for (int j = 0; j < n; j += height) {
-    for (int i = j; i < j + height; ++i) {
-      prefetch_row(a.data + (i + 2 * height) * a.stride, dim);
-      prefetch_row(next.data + i * next.stride, dim);
-    }
+  for (int j = 0; j < n; j += height)
     multiply_tall<Units>(n - j < height ? n - j : height, groups,
                          reinterpret_cast<const typename Units::Unit*>(a.data + j * a.stride),
-                         a.stride / Units::kPack, 1, b, dim / Units::kPack, out + j * kPanel, kPanel, e);
-  }
+                         a.stride / Units::kPack, 1, b, dim / Units::kPack, out + j * kPanel, kPanel,
+                         {Store::set, factor, nullptr, later.take(dim / Units::kPack)});
 }
 
 template <class T>
