@@ -64,10 +64,11 @@ void cap_row(float* s, const Span* spans, int panels, float factor) {
       store(s + j, tanh_score(load(s + j)) * broadcast(factor));
 }
 
-// Masks one row's scores and returns their maximum.
-MMFAST_INLINE float mask_row(float* s, const Span* spans, const ForwardMask& mask, int panels, int row) {
+// Masks one row's scores and returns the maximum of each lane.
+MMFAST_INLINE vf mask_row(float* s, const Span* spans, const ForwardMask& mask, int first, int panels,
+                          int row) {
   vf highest = broadcast(-kInfinity);
-  for (int p = 0; p < panels; ++p) {
+  for (int p = first; p < panels; ++p) {
     float* panel = s + p * kPanel;
     const int begin = spans[p].begin * kGroup, end = spans[p].end * kGroup;
     if (spans[p].full) {
@@ -81,7 +82,7 @@ MMFAST_INLINE float mask_row(float* s, const Span* spans, const ForwardMask& mas
       }
     }
   }
-  return max_lanes(highest);
+  return highest;
 }
 
 struct Dropout {
@@ -97,16 +98,16 @@ MMFAST_INLINE void store_weights(uint32_t* row, int j, vf x) {
   store(reinterpret_cast<bf16*>(row) + j, x);
 }
 
-// Replaces one row's scores by 2^(scale * (score - maximum)), as units of the next product, and returns their
-// sum.
+// Replaces one row's scores by 2^(scale * (score - maximum)), as units of the next product, and returns the
+// sum of each lane.
 template <class Units, bool drop>
-MMFAST_INLINE float weigh_row(float* s, const Span* spans, int panels, float scale, float maximum,
-                              const Dropout& dropout) {
+MMFAST_INLINE vf weigh_row(float* s, const Span* spans, int first, int panels, float scale, float maximum,
+                           const Dropout& dropout) {
   auto* weights = reinterpret_cast<typename Units::Unit*>(s);
   [[maybe_unused]] const vf factor = broadcast(scale);
   const vf shift = broadcast(maximum);
   vf total = {};
-  for (int p = 0; p < panels; ++p) {
+  for (int p = first; p < panels; ++p) {
     const int end = p * kPanel + spans[p].end * kGroup;
     [[maybe_unused]] uint64_t stays = 0;
     if constexpr (drop) {
@@ -125,7 +126,7 @@ MMFAST_INLINE float weigh_row(float* s, const Span* spans, int panels, float sca
       store_weights(weights, j, x);
     }
   }
-  return sum_lanes(total);
+  return total;
 }
 
 template <class Units, class T>
@@ -342,11 +343,7 @@ struct Forward {
         }
       }
       for (int t = 0; t * kRows < rows; ++t) {
-        const Span columns = full_columns(mask.spans[t], panels);
-        if (columns.full && p.softcap == 0 && p.dropout_p == 0)
-          weigh_full(t, r, rows, columns.begin * kGroup, columns.end * kGroup);
-        else
-          weigh(t, r, rows, key, panels);
+        weigh(t, r, rows, key, panels);
       }
       for (int t = 0; t * kRows < rows; ++t)
         accumulate(t, r, rows, (key - begin) / Units::kPack,
@@ -354,23 +351,12 @@ struct Forward {
     }
   }
 
-  // The columns of a tile's panels in groups; `full` where they have no gap and all rows see them.
-  static Span full_columns(const Span* spans, int panels) {
-    constexpr int kGroups = kPanel / kGroup;
-    Span all{0, 0, true};
-    for (int c = 0; c < panels; ++c) {
-      if (spans[c].begin == spans[c].end) continue;
-      const uint8_t begin = uint8_t(c * kGroups + spans[c].begin);
-      if (all.end == 0) all.begin = begin;
-      all.full &= spans[c].full && (all.end == 0 || all.end == begin);
-      all.end = uint8_t(c * kGroups + spans[c].end);
-    }
-    return all;
-  }
-
-  // weigh() for a tile of rows that see all columns from begin to end: rows overlap, what is per row is done
-  // by vectors.
-  void weigh_full(int t, int64_t r, int rows, int begin, int end) {
+  // The scores of a tile of rows become weights. The rows overlap, and what is per row is done by vectors.
+  void weigh(int t, int64_t r, int rows, int64_t key, int panels) {
+    const Span* spans = w.mask->spans[t];
+    int seen = 0;  // the first panel of which something is
+    while (seen < panels && spans[seen].begin == spans[seen].end) ++seen;
+    while (panels > seen && spans[panels - 1].begin == spans[panels - 1].end) --panels;
     const int height = rows - t * kRows < kRows ? rows - t * kRows : kRows;
     const int64_t first = r + t * kRows;
     float* const tile = w.scores + t * kRows * kScores;
@@ -378,10 +364,8 @@ struct Forward {
     float before[kLanesOfRows] = {}, maximum[kLanesOfRows] = {}, shift[kLanesOfRows], alpha[kLanesOfRows];
     vf lanes[kRows];
     for (int i = 0; i < height; ++i) {
-      const float* s = tile + i * kScores;
-      vf highest = broadcast(-kInfinity);
-      for (int j = begin; j < end; j += kLanes) highest = vmax(highest, load(s + j));
-      lanes[i] = highest;
+      if (p.softcap > 0) cap_row(tile + i * kScores, spans, panels, scale.cap);
+      lanes[i] = mask_row(tile + i * kScores, spans, *w.mask, seen, panels, t * kRows + i);
     }
     for (int i = 0; i < height; ++i) {
       before[i] = w.maximum[first + i];
@@ -394,54 +378,25 @@ struct Forward {
       store(shift + i, d);
       store(alpha + i, exp2_score<false>((b - d) * broadcast(scale.log2)));
     }
-    [[maybe_unused]] const vf factor = broadcast(scale.log2);
     for (int i = 0; i < height; ++i) {
-      float* s = tile + i * kScores;
-      auto* weights = reinterpret_cast<Unit*>(s);
-      const vf subtract = broadcast(shift[i]);
-      vf total = {};
-      for (int j = begin; j < end; j += kLanes) {
-        vf exponent = load(s + j) - subtract;
-        if constexpr (Units::kPack == 1) exponent = exponent * factor;
-        const vf x = exp2_score<Units::kPack == 2>(exponent);
-        total = total + x;
-        store_weights(weights, j, x);
-      }
-      lanes[i] = total;
-    }
-    for (int i = 0; i < height; ++i) {
-      w.alpha[t * kRows + i] = alpha[i];
-      w.sum[first + i] = w.sum[first + i] * alpha[i] + sum_lanes(lanes[i]);
-      w.maximum[first + i] = maximum[i];
-    }
-  }
-
-  void weigh(int t, int64_t r, int rows, int64_t key, int panels) {
-    const Span* spans = w.mask->spans[t];
-    for (int i = t * kRows; i < rows && i < (t + 1) * kRows; ++i) {
-      float* s = w.scores + i * kScores;
-      if (p.softcap > 0) cap_row(s, spans, panels, scale.cap);
-      const float before = w.maximum[r + i];
-      const float highest = mask_row(s, spans, *w.mask, panels, i);
-      const float maximum = highest > before ? highest : before;
-      const float shift = maximum == -kInfinity ? 0 : maximum;
-      float sum;
       if (p.dropout_p > 0) {
-        const int64_t row = item.begin + r + i;
+        const int64_t row = item.begin + first + i;
         const Dropout dropout{p.seed,
                               uint32_t(head_k * group + row % group),
                               uint32_t(item.sample),
                               uint32_t(row / group),
                               uint32_t(key),
                               p.dropout_p};
-        sum = weigh_row<Units, true>(s, spans, panels, scale.log2, shift, dropout);
+        lanes[i] =
+            weigh_row<Units, true>(tile + i * kScores, spans, seen, panels, scale.log2, shift[i], dropout);
       } else {
-        sum = weigh_row<Units, false>(s, spans, panels, scale.log2, shift, {});
+        lanes[i] = weigh_row<Units, false>(tile + i * kScores, spans, seen, panels, scale.log2, shift[i], {});
       }
-      const float alpha = before == maximum ? 1.0f : std::exp2((before - shift) * scale.log2);
-      w.alpha[i] = alpha;
-      w.sum[r + i] = w.sum[r + i] * alpha + sum;
-      w.maximum[r + i] = maximum;
+    }
+    for (int i = 0; i < height; ++i) {
+      w.alpha[t * kRows + i] = alpha[i];
+      w.sum[first + i] = w.sum[first + i] * alpha[i] + sum_lanes(lanes[i]);
+      w.maximum[first + i] = maximum[i];
     }
   }
 
