@@ -62,22 +62,19 @@ def define(
         torch.library.register_autograd(f"mmfast::{name}", backward, setup_context=setup_context, lib=_library)
     op = getattr(torch.ops.mmfast, name).default
     function = None if setup_context is None else _function(name, op._schema, run, setup_context, backward)
-    takes_lists = "Tensor[]" in schema.partition("->")[0]
+    places = [i for i, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
+    takes_lists = any("List" in str(op._schema.arguments[i].type) for i in places)
 
     def call(*args):
-        if torch.compiler.is_compiling() or _observed():
+        tensors = []
+        for i in places:
+            if type(args[i]) is list:
+                tensors += args[i]
+            else:
+                tensors.append(args[i])
+        if not plain(tensors):
             return op(*args)
-        differentiable = False
-        for arg in args:
-            if arg is None or type(arg) in _NUMBERS:
-                continue
-            for tensor in arg if type(arg) is list else (arg,):
-                if not isinstance(tensor, Tensor):
-                    continue
-                if type(tensor) not in _ORDINARY or not tensor.is_cpu or tensor.is_neg():
-                    return op(*args)
-                differentiable |= tensor.requires_grad
-        if not differentiable or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
             return run(*args)
         if function is None:  # a formula that raises is left to the dispatcher
             return op(*args)
@@ -88,8 +85,19 @@ def define(
     return call
 
 
-_ORDINARY = (Tensor, torch.nn.Parameter)
-_NUMBERS = (bool, int, float, str)
+_ORDINARY = {Tensor, torch.nn.Parameter}
+
+
+def plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a call may go past the dispatcher: nobody looks at it, and the tensors are what lies in CPU memory."""
+    if torch.compiler.is_compiling() or _observed():
+        return False
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _ORDINARY or not t.is_cpu or t.is_neg():
+            return False
+    return True
 
 
 def _observed() -> bool:
