@@ -124,6 +124,19 @@ def test_parameters_inference_and_repeated_backward():
         out.backward(dout)
 
 
+def test_a_tensor_in_several_places_gets_the_sum_of_its_gradients():
+    layout = mmfast.Layout.from_lengths([7, 13])
+    x, *_, dout = inputs()
+    own = [x.clone().requires_grad_() for _ in range(3)]
+    parts = torch.autograd.grad(mmfast.attention(*own, layout), own, dout)
+    x.requires_grad_()
+    out = mmfast.attention(x, x, x, layout)
+    assert type(out.grad_fn).__name__ == "attentionBackward"
+    torch.testing.assert_close(torch.autograd.grad(out, x, dout)[0], sum(parts))
+    frozen = mmfast.attention(own[0].detach(), own[1], own[2].detach(), layout)
+    assert torch.equal(torch.autograd.grad(frozen, own[1], dout)[0], parts[1])
+
+
 def test_the_schema_of_every_op_is_reachable():
     assert _attention.op is torch.ops.mmfast.attention.default
 

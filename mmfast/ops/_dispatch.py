@@ -96,7 +96,7 @@ def cpu_refusal(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str 
     if _native.cpu_refusal is not None:
         return _native.cpu_refusal
     for t in tensors:
-        if t.device.type != "cpu":
+        if not t.is_cpu:
             return f"the tensors are on {t.device}, not on the CPU"
         if t.dtype not in dtypes:
             return f"dtype {str(t.dtype).removeprefix('torch.')} is not supported by the CPU kernels"

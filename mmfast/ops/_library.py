@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -63,23 +63,28 @@ def define(
     op = getattr(torch.ops.mmfast, name).default
     function = None if setup_context is None else _function(name, op._schema, run, setup_context, backward)
     places = [i for i, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
-    takes_lists = any("List" in str(op._schema.arguments[i].type) for i in places)
 
     def call(*args):
         tensors = []
         for i in places:
-            if type(args[i]) is list:
-                tensors += args[i]
-            else:
-                tensors.append(args[i])
+            arg = args[i]
+            if type(arg) is list:
+                tensors += arg
+            elif arg is not None:
+                tensors.append(arg)
         if not plain(tensors):
             return op(*args)
-        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        leaves = [t for t in tensors if t is not None and t.requires_grad] if torch.is_grad_enabled() else None
+        if not leaves:
             return run(*args)
         if function is None:  # a formula that raises is left to the dispatcher
             return op(*args)
-        sizes = _sizes(args) if takes_lists else None
-        return function.apply(sizes, *(_flat(args, sizes) if takes_lists else args))
+        asked = [False] * len(args)
+        for i in places:
+            arg = args[i]
+            if arg is not None:
+                asked[i] = [x is not None and x.requires_grad for x in arg] if type(arg) is list else arg.requires_grad
+        return function.apply(args, asked, *leaves)
 
     call.op = op
     return call
@@ -113,43 +118,27 @@ def _observed() -> bool:
 def _function(
     name: str, schema: torch.FunctionSchema, run: Callable, setup_context: Callable, backward: Callable
 ) -> type[torch.autograd.Function]:
-    """The formula as a torch.autograd.Function, which takes lists of tensors one by one."""
+    """The formula as a torch.autograd.Function of what needs a gradient; all arguments come along as one tuple."""
     gives_list = str(schema.returns[0].type) == "List[Tensor]"
 
-    def forward(ctx, sizes, *flat):
-        args, asked = flat, ctx.needs_input_grad[1:]
-        if sizes is not None:
-            args, asked = _nested(flat, sizes), _nested(asked, sizes)
+    def forward(ctx, args, asked, *leaves):
         output = run(*args)
-        ctx.sizes_of_args, ctx.needs_input_grad = sizes, asked
+        ctx.needs_input_grad = asked
         setup_context(ctx, args, output)
         return output if isinstance(output, Tensor) else tuple(output)
 
     def apply_formula(ctx, *grads):
         grads = backward(ctx, list(grads)) if gives_list else backward(ctx, *grads)
-        sizes = ctx.sizes_of_args
-        return None, *(grads if sizes is None else _flat(grads, sizes))
+        result = [None, None]
+        for want, grad in zip(ctx.needs_input_grad, grads):
+            if want is True:
+                result.append(grad)
+            elif want:
+                result += itertools.compress(itertools.repeat(None) if grad is None else grad, want)
+        return tuple(result)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(apply_formula)}
     return type(name, (torch.autograd.Function,), methods)
-
-
-def _sizes(args: Sequence) -> tuple[int | None, ...]:
-    """Lengths of the arguments that are lists of tensors, None for the others."""
-    return tuple(len(a) if type(a) is list and (not a or isinstance(a[0], Tensor)) else None for a in args)
-
-
-def _flat(args: Iterable, sizes: Sequence[int | None]) -> Iterator:
-    for arg, size in zip(args, sizes):
-        if size is None:
-            yield arg
-        else:
-            yield from [None] * size if arg is None else arg
-
-
-def _nested(flat: Sequence, sizes: Sequence[int | None]) -> tuple:
-    rest = iter(flat)
-    return tuple(next(rest) if size is None else list(itertools.islice(rest, size)) for size in sizes)
 
 
 def _without_backend(function: Callable) -> Callable:
