@@ -99,6 +99,13 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """`empty` with x's shape and dtype; where it is small, PyTorch takes half the time if it need not read a shape."""
+    if x.nbytes < _MAPPED_BYTES:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return empty(*x.shape, dtype=x.dtype)
+
+
 def _keep(block: mmap.mmap) -> None:
     _kept.append(block)
     while sum(map(len, _kept)) > _KEPT_BYTES:
@@ -129,6 +136,7 @@ __all__ = [
     "cuda",
     "cuda_refusal",
     "empty",
+    "empty_like",
     "stream_of",
     "torch",
     "use_cuda",

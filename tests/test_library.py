@@ -124,5 +124,66 @@ def test_parameters_inference_and_repeated_backward():
         out.backward(dout)
 
 
+def test_a_tensor_in_several_places_gets_the_sum_of_its_gradients():
+    layout = mmfast.Layout.from_lengths([7, 13])
+    x, *_, dout = inputs()
+    own = [x.clone().requires_grad_() for _ in range(3)]
+    parts = torch.autograd.grad(mmfast.attention(*own, layout), own, dout)
+    x.requires_grad_()
+    out = mmfast.attention(x, x, x, layout)
+    assert type(out.grad_fn).__name__ == "attentionBackward"
+    torch.testing.assert_close(torch.autograd.grad(out, x, dout)[0], sum(parts))
+    frozen = mmfast.attention(own[0].detach(), own[1], own[2].detach(), layout)
+    assert torch.equal(torch.autograd.grad(frozen, own[1], dout)[0], parts[1])
+
+
 def test_the_schema_of_every_op_is_reachable():
     assert _attention.op is torch.ops.mmfast.attention.default
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_binding_reads_ordinary_tensors_and_subclasses_alike(dtype):
+    """Ordinary ones by one call of DLPack, others by their attributes."""
+    layout = mmfast.Layout.from_lengths([7, 13])
+    fused = torch.randn(20, 3, 2, 16).to(dtype).requires_grad_()
+    rest = ([layout.cu_seqlens, None, None, None, None],) * 2
+    rest += (mmfast.ModalityMask.causal().table(), -1, -1, 0.25, 0.0, 0.0, None)
+
+    class Sub(torch.Tensor):
+        pass
+
+    def results(kind):
+        q, k, v = (kind(x) for x in fused.unbind(1))
+        out, lse = torch.zeros(20, 2, 16, dtype=dtype), torch.zeros(2, 20)
+        _native.cpu().attention_forward(q, k, v, kind(out), kind(lse), *rest)
+        return out, lse
+
+    version = fused._version
+    ordinary = results(lambda x: x)
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(ordinary, results(lambda x: x.as_subclass(Sub))))
+    parameters = results(lambda x: torch.nn.Parameter(x.detach()))
+    assert all(torch.equal(a, b) for a, b in zip(ordinary, parameters))
+    assert fused._version == version and fused.requires_grad
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (torch.zeros(20, 2, 16).to_sparse(), "storage"),
+        (torch.zeros(20, 2, 16, device="meta"), "q is not on the CPU"),
+        (torch.zeros(20, 2, 16, dtype=torch.complex64), "q has dtype another dtype"),
+        (torch.zeros(20, 2, 16, dtype=torch.bool), "q has dtype another dtype"),
+        (torch.zeros(20, 2, 16).half(), "q has dtype float16"),
+        (torch.zeros(1, 1, 1, 20, 2, 16), "6 dimensions; at most 5"),
+        (torch._efficientzerotensor((20, 2, 16)), "q has no memory"),
+        (torch.zeros(20, 16, 2).mT, "q is not contiguous in its last dimension"),
+        ([1.0], "shape"),
+    ],
+    ids=["sparse", "meta", "complex", "bool", "half", "6 dimensions", "zero tensor", "columns", "no tensor"],
+)
+def test_a_binding_refuses_what_it_cannot_read(bad, message):
+    layout = [mmfast.Layout.from_lengths([20]).cu_seqlens, None, None, None, None]
+    k, v, out = (torch.zeros(20, 2, 16) for _ in range(3))
+    rest = (layout, layout, (0,) * 16, -1, -1, 0.25, 0.0, 0.0, None)
+    with pytest.raises((ValueError, RuntimeError, AttributeError, NotImplementedError), match=message):
+        _native.cpu().attention_forward(bad, k, v, out, torch.zeros(2, 20), *rest)

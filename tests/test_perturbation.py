@@ -7,6 +7,7 @@ import torch
 
 import mmfast
 from mmfast import Layout, _native
+from mmfast.ops import perturbation as ops
 from mmfast.reference import perturbation as reference
 from mmfast.testing.numeric import assert_close_to_oracle
 
@@ -121,6 +122,92 @@ def test_list_equals_one_by_one(norm):
     for i, t in enumerate(alone):
         for name in ("delta", "momentum", "previous"):
             assert torch.equal(t[name], together[name][i])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("norm, granularity", [("linf", "sample"), ("l2", "sample"), ("l2", "token")])
+def test_every_thread_has_its_share(norm, granularity, threads):
+    """More than one group for each thread, cut within samples, at empty ones and between tensors."""
+    layout = Layout.from_lengths([0, 0, 3000, 1, 0, 4900, 1500, 0])
+    shapes = [(9401, 24), (0, 5), (70, 1001), (1, 120_000), (3, 0)]
+    layouts = [layout, None, None, None, None]
+    tensors = [make(s, torch.float32, CASES[-1], seed=i) for i, s in enumerate(shapes)]
+    keywords = {"norm": norm, "granularity": granularity, "eps": 0.4, "step_size": 0.1, **options(CASES[-1])}
+    together = {k: [t[k].clone() for t in tensors] for k in tensors[0]}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        mmfast.perturb_(**together, **keywords, layout=layouts, backend="cpu")
+    finally:
+        torch.set_num_threads(before)
+    for i, (t, own) in enumerate(zip(tensors, layouts)):
+        oracle = reference.perturb(**{k: v.double() for k, v in t.items()}, **keywords, layout=own)
+        same = reference.perturb(**t, **keywords, layout=own)
+        for name, want, peer in zip(("delta", "momentum", "previous"), oracle, same):
+            if want.numel():
+                assert_close_to_oracle(f"{name} {i}", together[name][i], want, peer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", ["sample", "token"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_at_once_equals_step_by_step(norm, granularity, dtype, monkeypatch):
+    for case in CASES[:2]:
+        for bounds in [(0, 1), (-0.25, 0.75)] if case else [None]:
+            tensors = make((3, 5, 24), dtype, case)
+            keywords = {"norm": norm, "granularity": granularity, "eps": 1, "step_size": -0.1, "bounds": bounds}
+            inputs = [tensors["delta"].clone().requires_grad_() for _ in range(2)]
+            short, full = inputs
+            origin = tensors.get("origin")
+            assert ops._step_at_once(short, tensors["grad"], origin=origin, **keywords)
+            monkeypatch.setattr(ops, "_step_at_once", lambda *args: False)
+            mmfast.perturb_(full, tensors["grad"], origin=origin, **keywords)
+            monkeypatch.undo()
+            assert torch.equal(short, full) and not torch.equal(short, tensors["delta"])
+            assert short._version == full._version > 0
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"delta": torch.zeros(3, 8).as_subclass(Sub)},
+        {"delta": torch.zeros(3, 8).half()},
+        {"delta": torch.zeros(3, 8).double()},
+        {"delta": torch.zeros(8, 3).T},
+        {"delta": torch._neg_view(torch.zeros(3, 8))},
+        {"delta": [torch.zeros(3, 8)]},
+        {"delta": torch.zeros(3, 8), "grad": None},
+        {"grad": torch.ones(3, 7)},
+        {"grad": torch.ones(3, 8).to_sparse()},
+        {"grad": torch.ones(3, 8, device="meta")},
+        {"step_size": torch.ones(3)},
+        {"step_size": math.nan},
+        {"eps": -1.0},
+        {"eps": math.nan},
+        {"norm": "l1"},
+        {"granularity": "row"},
+        {"origin": torch.ones(3, 8)},
+        {"bounds": (0, 1)},
+        {"origin": torch.ones(3, 8), "bounds": [(0, 1)]},
+        {"origin": torch.ones(3, 8), "bounds": (1, 0)},
+        {"origin": torch.ones(3, 8), "bounds": (0, math.nan)},
+        {"origin": torch.ones(3, 8), "bounds": torch.tensor([0.0, 1.0])},
+    ],
+    ids=lambda change: "+".join(
+        f"{k} {v if isinstance(v, (int, float, str)) else type(v).__name__}" for k, v in change.items()
+    ),
+)
+def test_not_at_once(change):
+    """What is not simple, or wrong, changes nothing."""
+    arguments = {"delta": torch.zeros(3, 8), "grad": torch.ones(3, 8), "step_size": 1.0, "eps": 1.0, "norm": "linf"}
+    arguments |= {"granularity": "sample", "origin": None, "bounds": None, **change}
+    assert not ops._step_at_once(**arguments)
+    delta = arguments["delta"]
+    assert not (delta[0] if isinstance(delta, list) else delta).any()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -592,8 +592,7 @@ void backward_all(const AttentionParams& p) {
   const int64_t rows = round_up(longest * (p.heads / p.heads_k), kRows);
   const bool is_trivial = trivial(p.mask);
   const int64_t total = p.num_items * p.heads_k, sums = p.dq_parts ? p.layout_q.batch * p.heads : 0;
-#pragma omp parallel num_threads(p.threads)
-  {
+  auto work = [&] {
     static thread_local Workspace workspace;
     Buffers<Units> buffers;
     Arena count;
@@ -608,7 +607,10 @@ void backward_all(const AttentionParams& p) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < sums; ++i)
       if (p.parts[i / p.heads] > 1) add_parts<T>(p, i / p.heads, i % p.heads);
-  }
+  };
+  if (p.threads == 1) return work();  // a team of one would wake others at each of its barriers
+#pragma omp parallel num_threads(p.threads)
+  work();
 }
 
 }  // namespace

@@ -478,8 +478,7 @@ void forward_all(const AttentionParams& p) {
   if (longest < capacity) capacity = round_up(longest > 0 ? longest : 1, kScores);
   const bool is_trivial = trivial(p.mask);
   const int64_t total = p.num_items * p.heads_k;
-#pragma omp parallel num_threads(p.threads)
-  {
+  auto work = [&] {
     static thread_local Workspace workspace;
     Buffers<Units> buffers;
     Arena count;
@@ -491,7 +490,10 @@ void forward_all(const AttentionParams& p) {
     };
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < total; ++i) forward(i).run(forward(i + p.threads < total ? i + p.threads : i));
-  }
+  };
+  if (p.threads == 1) return work();  // a team of one would wake others at each of its barriers
+#pragma omp parallel num_threads(p.threads)
+  work();
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kChunk = 256 * kLanes;  // elements summed in float32 (256 a lane) before they join a double
 constexpr int64_t kBlock = 65536;         // elements of one unit of work
+constexpr int64_t kLine = 64;             // elements that fill whole cache lines
 
 MMFAST_INLINE int64_t min64(int64_t a, int64_t b) {
   return a < b ? a : b;
@@ -82,8 +83,8 @@ MMFAST_INLINE void write(T* p, vf v, int n) {
 
 // NaN as 0, infinities as the largest finite number.
 MMFAST_INLINE vf finite(vf g) {
-  const float top = 3.402823466e38f;
-  return select(g != g, splat(0.0f), vmax(vmin(g, splat(top)), splat(-top)));
+  const vf top = splat(3.402823466e38f);
+  return select(g == g, vmax(vmin(g, top), -top), splat(0.0f));
 }
 
 // Clamp that keeps a NaN of v.
@@ -162,9 +163,10 @@ MMFAST_INLINE vf moved(const Unit<T>& u, const T* grad, const Coefficients& c, i
   return v;
 }
 
+// By value: numbers behind a reference would be read anew after every store.
 template <typename T, bool kL2, bool kBox, bool kPrevious>
-void apply(const Unit<T>& u, const T* grad, const Coefficients& c, int64_t begin, int64_t end) {
-  for_vectors(begin, end, [&](int64_t i, int n) {
+void apply(Unit<T> u, const T* grad, Coefficients c, int64_t begin, int64_t end) {
+  for_vectors(begin, end, [=](int64_t i, int n) __attribute__((always_inline)) {
     Point at;
     vf v = moved<T, kL2, kBox, kPrevious>(u, grad, c, i, n, at);
     if constexpr (kPrevious) {
@@ -261,7 +263,7 @@ void update_momentum(const Unit<T>& u, int threads) {
   if (scale != 1) s = reduce(u.n, threads, measure);
   const float inverse = s.a > 0 ? float(1 / s.a) : 0;
   for_blocks<true>(u.n, threads, [&](int64_t begin, int64_t end, int64_t) {
-    for_vectors(begin, end, [&](int64_t i, int n) {
+    for_vectors(begin, end, [=](int64_t i, int n) __attribute__((always_inline)) {
       const vf g = finite(read(u.grad + i, n)) * splat(scale);
       write(u.momentum + i, splat(u.decay) * read(u.momentum + i, n) + g * splat(inverse), n);
     });
@@ -348,54 +350,64 @@ Unit<T> unit_of(const PerturbParams& p, const PerturbTensor& t, int64_t b, int64
   return u;
 }
 
-// Calls f(tensor, sample, offset, n, threads) for all work. Where norms are over tokens, or there are none,
-// samples are cut into pieces (of whole tokens); else a sample is one piece, and shared by the threads where
-// it is one of few.
+// Calls f(tensor, sample, offset, n, threads) for all work. Samples are cut anywhere where there are no
+// norms, and between tokens where norms are over tokens; else they stay whole, and are shared by the threads
+// where there are few.
 template <typename F>
-void for_pieces(const PerturbParams& p, bool whole_samples, const F& f) {
-  int64_t samples = 0;
+void for_pieces(const PerturbParams& p, bool norms, const F& f) {
+  int64_t samples = 0, units = 0, elements = 0;
   for (int64_t i = 0; i < p.count; ++i) samples += p.tensors[i].batch;
-  auto piece_of = [&](const PerturbTensor& t) {
-    return t.token_size ? (kBlock + t.token_size - 1) / t.token_size * t.token_size : kBlock;
-  };
-  auto cut = [&](const PerturbTensor& t) { return !whole_samples || t.token_size; };
-  int64_t* first = new int64_t[samples + 1];  // first piece of each sample
-  int64_t pieces = 0, s = 0, elements = 0;
+  int64_t* before = new int64_t[samples + 1];  // elements of the samples before
+  int64_t* at = before;
   for (int64_t i = 0; i < p.count; ++i) {
     const PerturbTensor& t = p.tensors[i];
     for (int64_t b = 0; b < t.batch; ++b) {
-      first[s++] = pieces;
+      *at++ = elements;
       const int64_t n = t.size(b);
       elements += n;
-      pieces += n == 0 ? 0 : cut(t) ? (n + piece_of(t) - 1) / piece_of(t) : 1;
+      units += t.token_size ? n / t.token_size : n > 0;
     }
   }
-  first[samples] = pieces;
+  *at = elements;
+  // What begins within the elements [begin, end) of all, where a sample is cut at whole grains.
+  auto run = [&](int64_t begin, int64_t end, int shared_by) {
+    int64_t s = 0, above = samples;  // s becomes the last sample that begins at `begin` or before
+    while (above - s > 1) {
+      const int64_t middle = (s + above) / 2;
+      (before[middle] <= begin ? s : above) = middle;
+    }
+    int64_t i = 0, b = s;
+    for (; s < samples && before[s] < end; ++s, ++b) {
+      for (; b >= p.tensors[i].batch; ++i) b -= p.tensors[i].batch;
+      const int64_t n = before[s + 1] - before[s];
+      if (n == 0) continue;
+      const int64_t grain = !norms ? kLine : p.tensors[i].token_size ? p.tensors[i].token_size : n;
+      auto cut = [&](int64_t e) {
+        return e <= before[s] ? 0 : min64(n, (e - before[s] + grain - 1) / grain * grain);
+      };
+      const int64_t from = cut(begin), to = cut(end);
+      if (from < to) f(i, b, from, to - from, shared_by);
+    }
+  };
   // Waking a thread costs more than a few thousand elements.
   const int threads = int(min64(p.threads, 1 + elements / (kBlock / 2)));
-  auto run = [&](int64_t i, int shared_by) {
-    int64_t low = 0, high = samples;  // the last sample that begins at piece i or before
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (first[middle] <= i ? low : high) = middle;
-    }
-    const int64_t part = i - first[low];
-    int64_t which = 0;
-    for (int64_t b = low; b >= p.tensors[which].batch; ++which) low = b -= p.tensors[which].batch;
-    const PerturbTensor& t = p.tensors[which];
-    const int64_t n = t.size(low), step = cut(t) ? piece_of(t) : n;
-    f(which, low, part * step, min64(step, n - part * step), shared_by);
-  };
-  if (threads == 1 || (pieces < 2 * threads && whole_samples)) {
-    for (int64_t i = 0; i < pieces; ++i) run(i, threads);
+  if (threads == 1 || (norms && units < 2 * threads)) {
+    run(0, elements, threads);
   } else {
-    // A thread takes as many pieces at a time as make up one block.
-    const int64_t some = 1 + pieces * (kBlock / 2) / (elements + 1);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t group = 0; group < (pieces + some - 1) / some; ++group)
-      for (int64_t i = group * some; i < min64(pieces, (group + 1) * some); ++i) run(i, 1);
+    // A thread begins with the group of its number: a small tensor then lies in its cache in the next call.
+    const int64_t groups = threads * ((elements + threads * kBlock - 1) / (threads * kBlock));
+    int64_t taken = 0;  // beyond those
+#pragma omp parallel num_threads(threads)
+    {
+      const int64_t team = omp_get_num_threads();
+      for (int64_t g = omp_get_thread_num(); g < groups; g += team) {
+        run(elements * g / groups, elements * (g + 1) / groups, 1);
+#pragma omp atomic capture
+        g = taken++;
+      }
+    }
   }
-  delete[] first;
+  delete[] before;
 }
 
 template <typename T>

@@ -125,11 +125,21 @@ MMFAST_INLINE void store_tail(T* p, vf v, int n) {
 MMFAST_INLINE vf select(vi condition, vf a, vf b) {
   return condition ? a : b;
 }
+// The second operand where one is NaN. GCC makes two instructions of the comparison where a mask or a load
+// can be folded into the second.
 MMFAST_INLINE vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
   return a > b ? a : b;
+#endif
 }
 MMFAST_INLINE vf vmin(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
   return a < b ? a : b;
+#endif
 }
 MMFAST_INLINE vf vabs(vf a) {
   return (vf)((vu)a & 0x7fffffffu);

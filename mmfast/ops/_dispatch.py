@@ -40,6 +40,11 @@ def use_backend(name: str | None):
         _forced = before
 
 
+def wish(backend: str | None) -> str | None:
+    """The backend that the caller or else the environment asks for; None: the best that can run."""
+    return backend or _forced
+
+
 def choose(op: str, backend: str | None, refusals: dict[str, Callable[[], str | None]]) -> str:
     """The backend that runs `op`.
 
@@ -53,7 +58,7 @@ def choose(op: str, backend: str | None, refusals: dict[str, Callable[[], str | 
         ValueError: unknown backend name.
         RuntimeError: the explicit or forced backend cannot run; the message says why.
     """
-    wanted = backend or _forced
+    wanted = wish(backend)
     if wanted is not None:
         known = dict.fromkeys((*BACKENDS, *refusals))
         if wanted not in known:
@@ -91,7 +96,7 @@ def cpu_refusal(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str 
     if _native.cpu_refusal is not None:
         return _native.cpu_refusal
     for t in tensors:
-        if t.device.type != "cpu":
+        if not t.is_cpu:
             return f"the tensors are on {t.device}, not on the CPU"
         if t.dtype not in dtypes:
             return f"dtype {str(t.dtype).removeprefix('torch.')} is not supported by the CPU kernels"

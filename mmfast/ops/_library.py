@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -62,34 +62,47 @@ def define(
         torch.library.register_autograd(f"mmfast::{name}", backward, setup_context=setup_context, lib=_library)
     op = getattr(torch.ops.mmfast, name).default
     function = None if setup_context is None else _function(name, op._schema, run, setup_context, backward)
-    takes_lists = "Tensor[]" in schema.partition("->")[0]
+    places = [i for i, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
 
     def call(*args):
-        if torch.compiler.is_compiling() or _observed():
+        tensors = []
+        for i in places:
+            arg = args[i]
+            if type(arg) is list:
+                tensors += arg
+            elif arg is not None:
+                tensors.append(arg)
+        if not plain(tensors):
             return op(*args)
-        differentiable = False
-        for arg in args:
-            if arg is None or type(arg) in _NUMBERS:
-                continue
-            for tensor in arg if type(arg) is list else (arg,):
-                if not isinstance(tensor, Tensor):
-                    continue
-                if type(tensor) not in _ORDINARY or not tensor.is_cpu or tensor.is_neg():
-                    return op(*args)
-                differentiable |= tensor.requires_grad
-        if not differentiable or not torch.is_grad_enabled():
+        leaves = [t for t in tensors if t is not None and t.requires_grad] if torch.is_grad_enabled() else None
+        if not leaves:
             return run(*args)
         if function is None:  # a formula that raises is left to the dispatcher
             return op(*args)
-        sizes = _sizes(args) if takes_lists else None
-        return function.apply(sizes, *(_flat(args, sizes) if takes_lists else args))
+        asked = [False] * len(args)
+        for i in places:
+            arg = args[i]
+            if arg is not None:
+                asked[i] = [x is not None and x.requires_grad for x in arg] if type(arg) is list else arg.requires_grad
+        return function.apply(args, asked, *leaves)
 
     call.op = op
     return call
 
 
-_ORDINARY = (Tensor, torch.nn.Parameter)
-_NUMBERS = (bool, int, float, str)
+_ORDINARY = {Tensor, torch.nn.Parameter}
+
+
+def plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a call may go past the dispatcher: nobody looks at it, and the tensors are what lies in CPU memory."""
+    if torch.compiler.is_compiling() or _observed():
+        return False
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _ORDINARY or not t.is_cpu or t.is_neg():
+            return False
+    return True
 
 
 def _observed() -> bool:
@@ -105,43 +118,27 @@ def _observed() -> bool:
 def _function(
     name: str, schema: torch.FunctionSchema, run: Callable, setup_context: Callable, backward: Callable
 ) -> type[torch.autograd.Function]:
-    """The formula as a torch.autograd.Function, which takes lists of tensors one by one."""
+    """The formula as a torch.autograd.Function of what needs a gradient; all arguments come along as one tuple."""
     gives_list = str(schema.returns[0].type) == "List[Tensor]"
 
-    def forward(ctx, sizes, *flat):
-        args, asked = flat, ctx.needs_input_grad[1:]
-        if sizes is not None:
-            args, asked = _nested(flat, sizes), _nested(asked, sizes)
+    def forward(ctx, args, asked, *leaves):
         output = run(*args)
-        ctx.sizes_of_args, ctx.needs_input_grad = sizes, asked
+        ctx.needs_input_grad = asked
         setup_context(ctx, args, output)
         return output if isinstance(output, Tensor) else tuple(output)
 
     def apply_formula(ctx, *grads):
         grads = backward(ctx, list(grads)) if gives_list else backward(ctx, *grads)
-        sizes = ctx.sizes_of_args
-        return None, *(grads if sizes is None else _flat(grads, sizes))
+        result = [None, None]
+        for want, grad in zip(ctx.needs_input_grad, grads):
+            if want is True:
+                result.append(grad)
+            elif want:
+                result += itertools.compress(itertools.repeat(None) if grad is None else grad, want)
+        return tuple(result)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(apply_formula)}
     return type(name, (torch.autograd.Function,), methods)
-
-
-def _sizes(args: Sequence) -> tuple[int | None, ...]:
-    """Lengths of the arguments that are lists of tensors, None for the others."""
-    return tuple(len(a) if type(a) is list and (not a or isinstance(a[0], Tensor)) else None for a in args)
-
-
-def _flat(args: Iterable, sizes: Sequence[int | None]) -> Iterator:
-    for arg, size in zip(args, sizes):
-        if size is None:
-            yield arg
-        else:
-            yield from [None] * size if arg is None else arg
-
-
-def _nested(flat: Sequence, sizes: Sequence[int | None]) -> tuple:
-    rest = iter(flat)
-    return tuple(next(rest) if size is None else list(itertools.islice(rest, size)) for size in sizes)
 
 
 def _without_backend(function: Callable) -> Callable:

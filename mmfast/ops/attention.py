@@ -20,6 +20,7 @@ from mmfast.reference import attention as _reference
 
 _FULL = ModalityMask.full()
 _PEERS = {"flash_attn": flash_attn, "xformers": xformers}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FIELDS = ("cu_seqlens", "seqused", "modality", "time", "start")
 
 
@@ -85,17 +86,18 @@ def attention(
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if not math.isfinite(scale):
         raise ValueError(f"attention: softmax_scale is {scale}; expected a finite number")
-    refusals = {
-        "cpu": lambda: _dispatch.cpu_refusal(
-            q, k, v, layout_q.cu_seqlens, dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.int32)
-        ),
-        "triton": lambda: _dispatch.triton_refusal(q, k, v, dtypes=(torch.float32, torch.bfloat16, torch.float16)),
-        "cuda": lambda: _attention_cuda.refusal(q, k, v),
-    }
-    if backend is not None and backend not in _dispatch.BACKENDS:
+    if _dispatch.wish(backend) in (None, "cpu") and _cpu_refusal(q, k, v, layout_q) is None:
+        chosen = "cpu"
+    else:
         call = (q, layout_q, layout_k, mask, softcap, dropout_p, return_lse)
-        refusals |= {name: lambda peer=peer: peer.refusal(*call) for name, peer in _PEERS.items()}
-    chosen = _dispatch.choose("attention", backend, refusals)
+        refusals = {
+            "cpu": lambda: _cpu_refusal(q, k, v, layout_q),
+            "triton": lambda: _dispatch.triton_refusal(q, k, v, dtypes=_DTYPES),
+            "cuda": lambda: _attention_cuda.refusal(q, k, v),
+        }
+        if backend is not None and backend not in _dispatch.BACKENDS:
+            refusals |= {name: lambda peer=peer: peer.refusal(*call) for name, peer in _PEERS.items()}
+        chosen = _dispatch.choose("attention", backend, refusals)
     if chosen in _PEERS:
         out, lse = _PEERS[chosen].attention(q, k, v, layout_q, layout_k, mask, scale, softcap, return_lse)
     elif chosen == "reference":
@@ -120,8 +122,8 @@ def attention(
             q,
             k,
             v,
-            *(getattr(layout_q, field) for field in _FIELDS),
-            *(getattr(layout_k, field) for field in _FIELDS),
+            *_fields(layout_q),
+            *_fields(layout_k),
             mask.table(layout_q.names, layout_k.names),
             *mask.window,
             scale,
@@ -135,8 +137,16 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def _cpu_refusal(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> str | None:
+    return _dispatch.cpu_refusal(q, k, v, layout.cu_seqlens, dtypes=(*_DTYPES, torch.int32))
+
+
+def _fields(layout: Layout) -> tuple[Tensor | None, ...]:
+    return layout.cu_seqlens, layout.seqused, layout.modality, layout.time, layout.start
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    kind = tensors[0].device.type
+    kind = "cpu" if tensors[0].is_cpu else tensors[0].device.type
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
@@ -144,29 +154,35 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed) -> None:
-    alike = q.dim() == k.dim() == v.dim() == 3 and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
+    device = q.device
+    alike = q.dim() == k.dim() == v.dim() == 3 and q.dtype == k.dtype == v.dtype and device == k.device == v.device
     if not alike or not q.is_floating_point():
         _explain_tensors(q, k, v)
-    if q.shape[2] % 8 or not 8 <= q.shape[2] <= 256:
-        raise ValueError(f"attention: D is {q.shape[2]}; expected a multiple of 8 up to 256; pad q, k and v with zeros")
-    if k.shape != v.shape:
-        raise ValueError(f"attention: v has shape {list(v.shape)}; expected k's {list(k.shape)}")
-    if k.shape[2] != q.shape[2]:
-        raise ValueError(f"attention: k has D = {k.shape[2]}, q has {q.shape[2]}; they must be equal")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: k has {k.shape[1]} heads, which must divide q's {q.shape[1]}")
-    for name, layout, x, tensor in (("layout_q", layout_q, q, "q"), ("layout_k", layout_k, k, "k")):
+    shape_k = k.shape
+    (rows, heads, dim), (rows_k, heads_k, dim_k) = q.shape, shape_k
+    if dim % 8 or not 8 <= dim <= 256:
+        raise ValueError(f"attention: D is {dim}; expected a multiple of 8 up to 256; pad q, k and v with zeros")
+    if shape_k != v.shape:
+        raise ValueError(f"attention: v has shape {list(v.shape)}; expected k's {list(shape_k)}")
+    if dim_k != dim:
+        raise ValueError(f"attention: k has D = {dim_k}, q has {dim}; they must be equal")
+    if heads_k == 0 or heads % heads_k:
+        raise ValueError(f"attention: k has {heads_k} heads, which must divide q's {heads}")
+    sides = [("layout_q", layout_q, rows, "q")]
+    if layout_k is not layout_q or rows_k != rows:
+        sides.append(("layout_k", layout_k, rows_k, "k"))
+    for name, layout, described, tensor in sides:
         if not isinstance(layout, Layout):
             raise TypeError(f"attention: {name} must be a mmfast.Layout, got {type(layout).__name__}")
-        if layout.cu_seqlens.device != q.device:
-            raise ValueError(f"attention: {name} is on {layout.device}, q on {q.device}; move it with .to()")
+        if layout.cu_seqlens.device != device:
+            raise ValueError(f"attention: {name} is on {layout.device}, q on {device}; move it with .to()")
         for field in (layout.modality, layout.time):
-            if field is not None and field.shape[0] != x.shape[0]:
+            if field is not None and field.shape[0] != described:
                 raise ValueError(
-                    f"attention: {name} describes {field.shape[0]} rows, {tensor} has {x.shape[0]}; "
+                    f"attention: {name} describes {field.shape[0]} rows, {tensor} has {described}; "
                     "pass the layout that the tokens were packed with"
                 )
-    if layout_k.cu_seqlens.shape[0] != layout_q.cu_seqlens.shape[0]:
+    if len(sides) > 1 and layout_k.cu_seqlens.shape[0] != layout_q.cu_seqlens.shape[0]:
         raise ValueError(
             f"attention: layout_q has {layout_q.batch} samples, layout_k {layout_k.batch}; they must have the same"
         )
@@ -179,8 +195,8 @@ def _check(q, k, v, layout_q, layout_k, mask, softcap, dropout_p, dropout_seed) 
     if dropout_p > 0:
         if not isinstance(dropout_seed, Tensor) or dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
             raise ValueError("attention: dropout needs dropout_seed, an int64 tensor of one element on q's device")
-        if dropout_seed.device != q.device:
-            raise ValueError(f"attention: dropout_seed is on {dropout_seed.device}, q on {q.device}; move it there")
+        if dropout_seed.device != device:
+            raise ValueError(f"attention: dropout_seed is on {dropout_seed.device}, q on {device}; move it there")
 
 
 def _explain_tensors(q, k, v) -> None:
@@ -211,7 +227,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _forward_cpu(q, k, v, *rest):
-    out = _native.empty(*q.shape, dtype=q.dtype)
+    out = _native.empty_like(q)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     _native.cpu().attention_forward(_rows(q), _rows(k), _rows(v), out, lse, rest[:5], rest[5:10], *rest[10:])
     return out, lse
@@ -253,7 +269,7 @@ def _autograd(ctx, dout, dlse):
 
 
 def _backward_cpu(dout, q, k, v, out, lse, *rest):
-    dq, dk, dv = (_native.empty(*x.shape, dtype=x.dtype) for x in (q, k, v))
+    dq, dk, dv = _native.empty_like(q), _native.empty_like(k), _native.empty_like(v)
     _native.cpu().attention_backward(
         _rows(dout), _rows(q), _rows(k), _rows(v), out, lse, dq, dk, dv, rest[:5], rest[5:10], *rest[10:]
     )

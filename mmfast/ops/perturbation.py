@@ -13,12 +13,15 @@ from torch import Tensor
 
 from mmfast import _native
 from mmfast.layout import Layout
-from mmfast.ops._dispatch import choose, cpu_refusal, cuda_refusal, triton_refusal
-from mmfast.ops._library import define
+from mmfast.ops._dispatch import choose, cpu_refusal, cuda_refusal, triton_refusal, wish
+from mmfast.ops._library import define, plain
 from mmfast.reference import perturbation as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _UNBOUNDED = (-math.inf, math.inf)
+_NORMS = ("linf", "l2")
+_NUMBERS = {int, float}
+_GRANULARITIES = ("sample", "token")
 
 
 def _perturb_cpu(delta, grad, momentum, previous, *args) -> None:
@@ -90,7 +93,6 @@ _random_start = define(
 )
 
 
-@torch.no_grad()
 def perturb_(
     delta: Tensor | Sequence[Tensor],
     grad: Tensor | Sequence[Tensor],
@@ -150,56 +152,85 @@ def perturb_(
     Sources: Goodfellow et al. 2015 (FGSM); Madry et al. 2018, eq. 1 (PGD); Dong et al. 2018, eq. 6 and 7 (MI-FGSM);
     Croce and Hein 2020, section 3.1 (APGD); Zhu et al. 2020, algorithm 1 (FreeLB).
     """
-    op = "perturb_"
-    arguments = _Arguments(op, delta, norm, granularity, layout, origin, bounds)
-    grads = _list(op, "grad", grad, len(arguments.delta))
-    arguments.check_like("grad", grads)
-    momenta = arguments.optional("momentum", momentum)
-    previouses = arguments.optional("previous", previous)
-    steps, step_values = arguments.numbers("step_size", step_size)
-    limits, eps_values = arguments.numbers("eps", eps, minimum=0.0)
-    chosen = choose(op, backend, arguments.refusals())
-    if chosen == "reference":
-        for i, d in enumerate(arguments.delta):
-            new, m, p = reference.perturb(
-                d,
-                grads[i],
-                step_size=step_values[i] if steps[i] is None else steps[i],
-                eps=eps_values[i] if limits[i] is None else limits[i],
-                momentum=momenta[i] if momenta else None,
-                decay=decay,
-                previous=previouses[i] if previouses else None,
-                blend=blend,
-                **arguments.reference(i),
-            )
-            d.copy_(new)
-            if momenta:
-                momenta[i].copy_(m)
-            if previouses:
-                previouses[i].copy_(p)
+    simple = layout is None and momentum is None and previous is None and wish(backend) in (None, "cpu")
+    if simple and _step_at_once(delta, grad, step_size, eps, norm, granularity, origin, bounds):
         return delta
-    low, high = arguments.limits()
-    with _InPlace(arguments, chosen) as flat:
-        _perturb(
-            flat.mutable(arguments.delta),
-            flat.read(grads),
-            flat.mutable(momenta),
-            flat.mutable(previouses),
-            flat.read(arguments.origin),
-            steps,
-            limits,
-            *arguments.rows(),
-            step_values,
-            eps_values,
-            low,
-            high,
-            norm == "l2",
-            granularity == "token",
-            float(decay),
-            float(blend),
-            chosen,
-        )
+    op = "perturb_"
+    with torch.no_grad():
+        arguments = _Arguments(op, delta, norm, granularity, layout, origin, bounds)
+        grads = _list(op, "grad", grad, len(arguments.delta))
+        arguments.check_like("grad", grads)
+        momenta = arguments.optional("momentum", momentum)
+        previouses = arguments.optional("previous", previous)
+        steps, step_values = arguments.numbers("step_size", step_size)
+        limits, eps_values = arguments.numbers("eps", eps, minimum=0.0)
+        chosen = choose(op, backend, arguments.refusals())
+        if chosen == "reference":
+            for i, d in enumerate(arguments.delta):
+                new, m, p = reference.perturb(
+                    d,
+                    grads[i],
+                    step_size=step_values[i] if steps[i] is None else steps[i],
+                    eps=eps_values[i] if limits[i] is None else limits[i],
+                    momentum=momenta[i] if momenta else None,
+                    decay=decay,
+                    previous=previouses[i] if previouses else None,
+                    blend=blend,
+                    **arguments.reference(i),
+                )
+                d.copy_(new)
+                if momenta:
+                    momenta[i].copy_(m)
+                if previouses:
+                    previouses[i].copy_(p)
+            return delta
+        low, high = arguments.limits()
+        with _InPlace(arguments, chosen) as flat:
+            _perturb(
+                flat.mutable(arguments.delta),
+                flat.read(grads),
+                flat.mutable(momenta),
+                flat.mutable(previouses),
+                flat.read(arguments.origin),
+                steps,
+                limits,
+                *arguments.rows(),
+                step_values,
+                eps_values,
+                low,
+                high,
+                norm == "l2",
+                granularity == "token",
+                float(decay),
+                float(blend),
+                chosen,
+            )
     return delta
+
+
+def _step_at_once(delta, grad, step_size, eps, norm, granularity, origin, bounds) -> bool:
+    """One tensor's step on the CPU where nothing has to be converted: small ones take less time than all the checks.
+
+    False, and nothing is changed, where it is not that simple or where the kernel, which checks too, refuses.
+    """
+    if bounds is not None and (type(bounds) is not tuple or len(bounds) != 2):
+        return False
+    low, high = _UNBOUNDED if bounds is None else bounds
+    numbers = {type(step_size), type(eps), type(low), type(high)} <= _NUMBERS
+    if not numbers or not (step_size == step_size and eps >= 0 and low <= high):
+        return False
+    if norm not in _NORMS or granularity not in _GRANULARITIES or (origin is None) != (bounds is None):
+        return False
+    if not plain((delta, grad, origin)):
+        return False
+    origins = [] if origin is None else [origin]
+    options = [step_size], [eps], [low], [high], norm == "l2", granularity == "token", 0.0, 1.0
+    try:
+        _native.cpu().perturb([delta], [grad], [], [], origins, [], [], [], [], *options)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    _changed([delta])
+    return True
 
 
 @torch.no_grad()
@@ -277,9 +308,9 @@ class _Arguments:
         self.delta = [delta] if isinstance(delta, Tensor) else list(delta)
         self.single = isinstance(delta, Tensor)
         count = len(self.delta)
-        if norm not in ("linf", "l2"):
+        if norm not in _NORMS:
             raise ValueError(f"{op}: norm is {norm!r}; expected 'linf' or 'l2'")
-        if granularity not in ("sample", "token"):
+        if granularity not in _GRANULARITIES:
             raise ValueError(f"{op}: granularity is {granularity!r}; expected 'sample' or 'token'")
         if not count:
             raise ValueError(f"{op}: delta is an empty list; expected at least one tensor")

@@ -157,7 +157,7 @@ def _rows(layout: Layout, rows: int, sections: Sequence[int]) -> tuple[Tensor, T
 
 
 def _forward(x, weight, weight_1, *fields):
-    x, out = [_dense(t) for t in x], [_native.empty(*t.shape, dtype=t.dtype) for t in x]
+    x, out = [_dense(t) for t in x], [_native.empty_like(t) for t in x]
     _native.cpu().rotary(x, [], out, [weight, weight_1][: len(x)], [], *fields)
     return out
 
