@@ -131,17 +131,14 @@ class Forward {
 template <typename T, typename P, bool kStream>
 void forward(const PackParams& p) {
   const Constants constants(p, static_cast<const P*>(nullptr));
-  const int64_t size = Forward<T, P, kStream>::scratch_size(p.dim);
-  float* scratch = allocate(p.threads * size);
+  const Scratch scratch(p.threads, Forward<T, P, kStream>::scratch_size(p.dim));
 #pragma omp parallel num_threads(p.threads)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    std::memset(scratch + thread * size, 0, size_t(size) * sizeof(float));
-    Forward<T, P, kStream> rows(p, constants, scratch + thread * size);
+    Forward<T, P, kStream> rows(p, constants, scratch.of(thread));
     rows.run(p.rows * thread / threads, p.rows * (thread + 1) / threads);
     if (kStream) stream_fence();
   }
-  release(scratch);
 }
 
 template <typename T, typename P>

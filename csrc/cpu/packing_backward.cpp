@@ -308,15 +308,12 @@ void backward(const PackParams& p) {
   const bool want_weight = p.dweight, want_bias = p.dbias, want_type = p.dtype_embedding;
   const int64_t bias_at = 2 + want_weight, type_at = bias_at + want_bias;
   const int64_t chunk_stride = stride * (type_at + (want_type ? p.parts : 0));
-  const int64_t size = Backward<T, P, kStream>::scratch_size(p.dim);
   float* partials = allocate(chunks * chunk_stride);
-  float* scratch = allocate(p.threads * size);
+  const Scratch scratch(p.threads, Backward<T, P, kStream>::scratch_size(p.dim));
   float* averages = further_axes && p.norm != Norm::none ? allocate(2 * p.rows + 1) : nullptr;
 #pragma omp parallel num_threads(p.threads)
   {
-    float* mine = scratch + omp_get_thread_num() * size;
-    std::memset(mine, 0, size_t(size) * sizeof(float));
-    Backward<T, P, kStream> rows(p, constants, buckets, averages, mine);
+    Backward<T, P, kStream> rows(p, constants, buckets, averages, scratch.of(omp_get_thread_num()));
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < chunks; ++c) {
       float* base = partials + c * chunk_stride;
@@ -335,7 +332,6 @@ void backward(const PackParams& p) {
   for (int m = 0; want_type && m < p.parts; ++m)
     reduced(type_at + m, static_cast<P*>(p.dtype_embedding) + m * p.dim);
   if (first_axis) finish_tables<P>(p, buckets, partials, chunk_stride, chunks, stride);
-  release(scratch);
   release(partials);
   for (int m = 0; m < p.parts; ++m) {
     for (int a = 1; a < p.part[m].tables; ++a)

@@ -199,14 +199,13 @@ MMFAST_INLINE void backward_heads(const RotaryParams& p, int64_t dim, const floa
 template <typename T, bool kBackward, bool kStream, int kDim>
 void run(const RotaryParams& p) {
   const int64_t dim = kDim ? kDim : p.dim;
-  const int64_t stride = padded(dim), chunks = chunks_of(p.rows), size = (3 + kGroup) * stride;
-  float* scratch = allocate(p.threads * size);
+  const int64_t stride = padded(dim), chunks = chunks_of(p.rows);
+  const Scratch scratch(p.threads, (3 + kGroup) * stride);
   float* partials = allocate(chunks * 2 * stride);
   std::memset(partials, 0, size_t(chunks * 2 * stride) * sizeof(float));
-  std::memset(scratch, 0, size_t(p.threads * size) * sizeof(float));
 #pragma omp parallel num_threads(p.threads)
   {
-    float* mine = scratch + omp_get_thread_num() * size;
+    float* mine = scratch.of(omp_get_thread_num());
     const Angles angle{mine, mine + stride};
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < chunks; ++c) {
@@ -248,7 +247,6 @@ void run(const RotaryParams& p) {
     }
   }
   release(partials);
-  release(scratch);
 }
 
 template <typename T, bool kBackward, bool kStream>

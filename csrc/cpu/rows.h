@@ -91,6 +91,28 @@ MMFAST_INLINE void release(float* p) {
   ::operator delete[](p, std::align_val_t(64));
 }
 
+// Zeroed memory of n floats for each thread, on pages of its own: where a thread reads on to the end of its memory,
+// the hardware fetches what lies behind it on the page, and takes it from the neighbour's cache.
+class Scratch {
+ public:
+  Scratch(int64_t threads, int64_t n) : stride_((n + kPage - 1) / kPage * kPage) {
+    const size_t bytes = size_t(threads * stride_) * sizeof(float);
+    memory_ = static_cast<float*>(::operator new[](bytes, kAlignment));
+    std::memset(memory_, 0, bytes);
+  }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { ::operator delete[](memory_, kAlignment); }
+
+  float* of(int64_t thread) const { return memory_ + thread * stride_; }
+
+ private:
+  static constexpr int64_t kPage = 4096 / sizeof(float);
+  static constexpr std::align_val_t kAlignment{4096};
+
+  int64_t stride_;
+  float* memory_;
+};
+
 // A body that is not inlined passes its vectors through memory, at several times the cost.
 #define MMFAST_INLINE_LAMBDA __attribute__((always_inline))
 
