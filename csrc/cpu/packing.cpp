@@ -19,15 +19,6 @@ MMFAST_INLINE vf first_lanes(vf v, int n) {
   return load(lanes);
 }
 
-// Four vectors, or the first n columns of one.
-template <bool kStream, typename N, typename T>
-MMFAST_INLINE void put_columns(N count, T* p, const vf* v, int n) {
-  if constexpr (count.value == 4)
-    put_four<kStream>(p, v);
-  else
-    set<kStream>(p, v[0], n);
-}
-
 // A row passes three stages: its sum, its variance about the mean, its output. One loop over the columns does
 // them for three neighbouring rows: loads and stores then mix evenly, and no row waits for a sum over lanes.
 template <typename T, typename P, bool kStream>
@@ -62,7 +53,7 @@ class Forward {
   float* scratch(int64_t t) const { return scratch_ + t % 3 * c_.stride; }
   T* out(int64_t t) const { return static_cast<T*>(p_.x) + t * p_.dim; }
   Row<T, P> ahead(int64_t t, int64_t end) const {
-    return Row<T, P>(p_, c_, row_ahead(t, end, p_.dim * int64_t(sizeof(T))));
+    return Row<T, P>(p_, c_, row_ahead<kStream>(t, end, p_.dim * int64_t(sizeof(T))));
   }
   float mean(int64_t t) const { return p_.norm == Norm::layer ? sum_[t % 3] / float(p_.dim) : 0.0f; }
 

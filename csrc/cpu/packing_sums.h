@@ -10,12 +10,12 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-// How far ahead of its use a row is fetched: enough to hide the memory behind it, few enough to stay in the
-// first-level cache.
-constexpr int64_t kAheadBytes = 3 << 10;
-
-// The row to fetch while row t of [begin, end) is worked on, `bytes` of it.
+// The row to fetch while row t of [begin, end) is worked on, `bytes` of it: far enough ahead to hide the
+// memory behind it, near enough to stay in the first-level cache, of which the output takes no part where its
+// stores bypass it.
+template <bool kStream>
 MMFAST_INLINE int64_t row_ahead(int64_t t, int64_t end, int64_t bytes) {
+  constexpr int64_t kAheadBytes = (kStream ? 12 : 6) << 10;
   const int64_t rows = kAheadBytes / (bytes + 1), next = t + (rows < 1 ? 1 : rows);
   return next < end ? next : end - 1;
 }
@@ -48,12 +48,6 @@ class Constants {
     for (int64_t i = 0; i < stride; ++i) to[i] = i >= dim ? 0.0f : from ? to_float(from[i]) : absent;
     return to;
   }
-};
-
-// A number that the compiler knows.
-template <int kValue>
-struct Count {
-  static constexpr int value = kValue;
 };
 
 // The cache lines of four vectors.
