@@ -10,16 +10,6 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-// The row to fetch while row t of [begin, end) is worked on, `bytes` of it: far enough ahead to hide the
-// memory behind it, near enough to stay in the first-level cache, of which the output takes no part where its
-// stores bypass it.
-template <bool kStream>
-MMFAST_INLINE int64_t row_ahead(int64_t t, int64_t end, int64_t bytes) {
-  constexpr int64_t kAheadBytes = (kStream ? 12 : 6) << 10;
-  const int64_t rows = kAheadBytes / (bytes + 1), next = t + (rows < 1 ? 1 : rows);
-  return next < end ? next : end - 1;
-}
-
 // Norm weight, bias and type embedding in float32, converted once for a call, in rows padded with zeros. An
 // absent weight is ones, an absent bias zeros: cheaper than asking in every loop.
 class Constants {

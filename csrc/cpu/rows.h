@@ -113,6 +113,16 @@ class Scratch {
   float* memory_;
 };
 
+// The row to fetch while row t of [begin, end) is worked on, `bytes` of it: far enough ahead to hide the
+// memory behind it, near enough to stay in the first-level cache, of which the output takes no part where its
+// stores bypass it.
+template <bool kStream>
+MMFAST_INLINE int64_t row_ahead(int64_t t, int64_t end, int64_t bytes) {
+  constexpr int64_t kAheadBytes = (kStream ? 12 : 6) << 10;
+  const int64_t rows = kAheadBytes / (bytes + 1), next = t + (rows < 1 ? 1 : rows);
+  return next < end ? next : end - 1;
+}
+
 // A body that is not inlined passes its vectors through memory, at several times the cost.
 #define MMFAST_INLINE_LAMBDA __attribute__((always_inline))
 
