@@ -156,6 +156,17 @@ def test_streaming_stores_are_bit_equal(dtype):
 
 
 @needs_cpu
+def test_unpack_of_more_than_the_cache():
+    """Together the parts are larger than the cache, one alone is not."""
+    dim = 1024
+    rows = _native.cpu().streamed_bytes() // (4 * dim) * 3 // 4
+    _, layout = pack({name: (torch.zeros(rows, 1), [rows]) for name in "ab"}, backend="reference")
+    x = torch.randn(2 * rows, dim)
+    for m, part in enumerate(unpack(x, layout, backend="cpu").values()):
+        assert torch.equal(part, x[layout.modality == m])
+
+
+@needs_cpu
 def test_streamed_bytes_are_of_one_cache():
     """Not of all caches of the chip, of which a core reaches one."""
     size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
