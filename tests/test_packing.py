@@ -1,6 +1,7 @@
 """mmfast.pack, unpack, to_padded and from_padded against the float64 oracle and plain loops over samples."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,14 +138,41 @@ def test_many_rows_several_columns_blocks():
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streaming_stores_are_bit_equal(dtype):
-    """An output larger than the cache equals the concatenation of its halves, which are smaller."""
+    """An output larger than the cache equals the concatenation of its pieces, which are smaller; so do gradients."""
+    dim, pieces = 1024, 8
+    rows = pieces * (_native.cpu().streamed_bytes() // (dim * dtype.itemsize) // 4)
+    tokens, grad = torch.randn(rows, dim).to(dtype), torch.randn(rows, dim).to(dtype)
+    types, weight, bias = (torch.randn(*n, dim).to(dtype) for n in ((1,), (), ()))
+
+    def run(tokens, grad):
+        tokens = tokens.detach().requires_grad_()
+        parts = {"a": (tokens, [tokens.shape[0]])}
+        x, _ = pack(parts, type_embedding=types, norm=LayerNorm(weight, bias), backend="cpu")
+        return x.detach(), torch.autograd.grad(x, tokens, grad)[0]
+
+    found = [run(*piece) for piece in zip(tokens.split(rows // pieces), grad.split(rows // pieces))]
+    for whole, split in zip(run(tokens, grad), zip(*found)):
+        assert torch.equal(whole, torch.cat(split))
+
+
+@needs_cpu
+def test_unpack_of_more_than_the_cache():
+    """Together the parts are larger than the cache, one alone is not."""
     dim = 1024
-    rows = (64 << 20) // dim // 2
-    tokens = torch.randn(rows, dim).to(dtype)
-    weight = torch.randn(dim).to(dtype)
-    whole, _ = pack({"a": (tokens, [rows])}, norm=RMSNorm(weight), backend="cpu")
-    pieces = [pack({"a": (t, [t.shape[0]])}, norm=RMSNorm(weight), backend="cpu")[0] for t in tokens.split(rows // 16)]
-    assert torch.equal(whole, torch.cat(pieces))
+    rows = _native.cpu().streamed_bytes() // (4 * dim) * 3 // 4
+    _, layout = pack({name: (torch.zeros(rows, 1), [rows]) for name in "ab"}, backend="reference")
+    x = torch.randn(2 * rows, dim)
+    for m, part in enumerate(unpack(x, layout, backend="cpu").values()):
+        assert torch.equal(part, x[layout.modality == m])
+
+
+@needs_cpu
+def test_streamed_bytes_are_of_one_cache():
+    """Not of all caches of the chip, of which a core reaches one."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    if not size.exists():
+        pytest.skip("the system does not say how large the cache is")
+    assert _native.cpu().streamed_bytes() == int(size.read_text().strip().removesuffix("K")) * 1024 // 2
 
 
 @needs_cpu

@@ -1,6 +1,7 @@
 // mmfast._cpu: the CPU kernels behind pybind11.
 #include <unistd.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -48,8 +49,17 @@ Isa current_isa() {
 }
 
 int64_t streamed_bytes() {
-  static const long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return (cache > 0 ? int64_t(cache) : int64_t(32) << 20) / 2;
+  static const int64_t cache = [] {
+    // sysconf may count the caches of the whole chip, of which a core reaches only its own.
+    long kib = 0;
+    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+      if (std::fscanf(file, "%ldK", &kib) != 1) kib = 0;
+      std::fclose(file);
+    }
+    const int64_t bytes = kib > 0 ? int64_t(kib) << 10 : int64_t(sysconf(_SC_LEVEL3_CACHE_SIZE));
+    return bytes > 0 ? bytes : int64_t(32) << 20;
+  }();
+  return cache / 2;
 }
 
 PYBIND11_MODULE(_cpu, m) {
@@ -61,6 +71,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return kIsaNames[int(chosen_isa)]; });
   m.def("best_isa", [] { return kIsaNames[int(best_isa())]; });
   m.def("set_isa", &set_isa);
+  m.def("streamed_bytes", &streamed_bytes);
   // For tests: the shared maths of csrc/include against its Python definitions.
   m.def("classify_tile", [](const std::vector<int64_t>& rules, int left, int right,
                             const std::array<int64_t, 5>& q, const std::array<int64_t, 5>& k) {

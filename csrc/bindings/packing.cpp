@@ -95,10 +95,13 @@ void set_threads(Params& p, int64_t bytes) {
   p.threads = threads_for(bytes);
 }
 
-void gather(const Views& xs, const TensorView& index, double value, const TensorView& out) {
+// written: bytes of all outputs of the call that this is part of, 0: of this one.
+void gather(const Views& xs, const TensorView& index, double value, const TensorView& out,
+            int64_t written = 0) {
   packing::Gathering call(xs, index, value, out);
   GatherParams& p = call.params;
   set_threads(p, p.rows * p.bytes);
+  p.stream = std::max(written, p.rows * p.bytes) > streamed_bytes();
   py::gil_scoped_release nogil;
   gather_rows(p);
 }
@@ -109,10 +112,11 @@ void scatter_binding(const TensorView& x, const TensorView& index, const Views& 
   check(x.present() && x.ndim >= 1, "scatter_rows: x must be [T, ...]");
   packing::check_vector("scatter_rows", "index", index, DType::i64, x.size[0]);
   check(index.present(), "scatter_rows: index must be given");
-  int64_t rows = 0;
+  int64_t rows = 0, bytes = 0;
   for (const TensorView& out : outs) {
     check(out.present() && out.ndim >= 1, "scatter_rows: an output must be [T, ...]");
     rows += out.size[0];
+    bytes += out.numel() * size_of(out.dtype);
   }
   std::vector<int64_t> inverse(size_t(rows), -1);
   for (int64_t i = 0; i < x.size[0]; ++i) {
@@ -125,7 +129,7 @@ void scatter_binding(const TensorView& x, const TensorView& index, const Views& 
   view.stride[0] = 1;
   for (const TensorView& out : outs) {
     view.size[0] = out.size[0];
-    gather({x}, view, 0, out);
+    gather({x}, view, 0, out, bytes);
     view.data = view.ptr<int64_t>() + out.size[0];
   }
 }
@@ -160,7 +164,9 @@ void bind_packing(py::module_& m) {
           pack_backward(p);
         });
   m.def("pack_layout", &pack_layout);
-  m.def("gather_rows", &gather);
+  m.def("gather_rows", [](const Views& xs, const TensorView& index, double value, const TensorView& out) {
+    gather(xs, index, value, out);
+  });
   m.def("scatter_rows", &scatter_binding);
 }
 

@@ -19,15 +19,6 @@ MMFAST_INLINE vf first_lanes(vf v, int n) {
   return load(lanes);
 }
 
-// Four vectors, or the first n columns of one.
-template <bool kStream, typename N, typename T>
-MMFAST_INLINE void put_columns(N count, T* p, const vf* v, int n) {
-  if constexpr (count.value == 4)
-    put_four<kStream>(p, v);
-  else
-    set<kStream>(p, v[0], n);
-}
-
 // A row passes three stages: its sum, its variance about the mean, its output. One loop over the columns does
 // them for three neighbouring rows: loads and stores then mix evenly, and no row waits for a sum over lanes.
 template <typename T, typename P, bool kStream>
@@ -62,7 +53,7 @@ class Forward {
   float* scratch(int64_t t) const { return scratch_ + t % 3 * c_.stride; }
   T* out(int64_t t) const { return static_cast<T*>(p_.x) + t * p_.dim; }
   Row<T, P> ahead(int64_t t, int64_t end) const {
-    return Row<T, P>(p_, c_, row_ahead(t, end, p_.dim * int64_t(sizeof(T))));
+    return Row<T, P>(p_, c_, row_ahead<kStream>(t, end, p_.dim * int64_t(sizeof(T))));
   }
   float mean(int64_t t) const { return p_.norm == Norm::layer ? sum_[t % 3] / float(p_.dim) : 0.0f; }
 
@@ -131,17 +122,14 @@ class Forward {
 template <typename T, typename P, bool kStream>
 void forward(const PackParams& p) {
   const Constants constants(p, static_cast<const P*>(nullptr));
-  const int64_t size = Forward<T, P, kStream>::scratch_size(p.dim);
-  float* scratch = allocate(p.threads * size);
+  const Scratch scratch(p.threads, Forward<T, P, kStream>::scratch_size(p.dim));
 #pragma omp parallel num_threads(p.threads)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    std::memset(scratch + thread * size, 0, size_t(size) * sizeof(float));
-    Forward<T, P, kStream> rows(p, constants, scratch + thread * size);
+    Forward<T, P, kStream> rows(p, constants, scratch.of(thread));
     rows.run(p.rows * thread / threads, p.rows * (thread + 1) / threads);
     if (kStream) stream_fence();
   }
-  release(scratch);
 }
 
 template <typename T, typename P>

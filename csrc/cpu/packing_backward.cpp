@@ -75,6 +75,9 @@ MMFAST_INLINE void write_table(const PackParams& p, const Buckets& buckets, int6
                   [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { set<false>(out + i, load(sum + i), n); });
 }
 
+// A row passes two stages: its averages, and its gradient before the norm. One loop over the columns does
+// them for two neighbouring rows: stores to memory then mix evenly with loads from it, and no row waits for
+// its averages.
 template <typename T, typename P, bool kStream>
 class Backward {
  public:
@@ -86,46 +89,96 @@ class Backward {
 
   // Rows [begin, end) of the buckets' order.
   void run(int64_t begin, int64_t end, const Partials& partial) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t t = buckets_.row(i);
-      if (p_.norm == Norm::none) {
-        const T* dx = gradient(t);
-        write(t, [&](int64_t j, int n) MMFAST_INLINE_LAMBDA { return get(dx + j, n); });
-      } else {
-        const Averages average =
-            read(t, buckets_.row(row_ahead(i, end, p_.dim * int64_t(sizeof(T)))), partial);
-        const float *y = scratch_, *g = scratch_ + c_.stride, rstd = p_.rstd[t];
-        write(t, [&](int64_t j, int) MMFAST_INLINE_LAMBDA {
-          return (load(g + j) - average.g - load(y + j) * average.gy) * rstd;
-        });
+    if (p_.norm == Norm::none) {
+      for (int64_t i = begin; i < end; ++i) {
+        copy(buckets_.row(i));
+        close(i, begin, end, partial);
       }
-      close(i, begin, end, partial);
+      return;
     }
+    for (int64_t i = begin; i < end; ++i) {
+      if (i == begin) {
+        read<false>(i, end, partial);
+      } else {
+        read<true>(i, end, partial);
+        close(i - 1, begin, end, partial);
+      }
+    }
+    if (begin == end) return;
+    for_each_four(p_.dim,
+                  [&](auto count, int64_t j, int n) MMFAST_INLINE_LAMBDA { write(count, j, n, row_); });
+    close(end - 1, begin, end, partial);
   }
 
  private:
-  struct Averages {
-    float g, gy;
+  // Where a row's gradient before the norm goes, each null where it is not wanted, and its factors:
+  // rstd, and the averages of g and of g y times rstd.
+  struct Target {
+    T* tokens;
+    float* sum;
+    float rstd, g, gy;
   };
 
   const PackParams& p_;
   const Constants& c_;
   const Buckets& buckets_;
   float *averages_, *scratch_;  // scratch: y and g of a row, and the sum of a bucket, zero where one begins
+  Target row_;                  // whose y and g are in scratch
 
   float* sum() const { return scratch_ + 2 * c_.stride; }
   const T* gradient(int64_t t) const { return static_cast<const T*>(p_.x) + t * p_.x_stride; }
 
-  // Reads row t: y and g to scratch, the sums for weight and bias. What `next` needs is fetched meanwhile.
-  Averages read(int64_t t, int64_t next, const Partials& partial) {
+  Target target(int64_t t) const {
+    const PackPart& part = p_.part[p_.modality[t]];
+    T* tokens = part.dtokens ? static_cast<T*>(part.dtokens) + (p_.source[t] - part.first) * p_.dim : nullptr;
+    return {tokens, p_.dtype_embedding || (part.tables && part.dtable[0]) ? sum() : nullptr, 1.0f, 0.0f,
+            0.0f};
+  }
+
+  // The gradient of a row without a norm.
+  void copy(int64_t t) {
+    const Target row = target(t);
+    const T* dx = gradient(t);
+    for_each_four(p_.dim, [&](auto count, int64_t j, int n) MMFAST_INLINE_LAMBDA {
+      vf v[count.value];
+      for (int k = 0; k < count.value; ++k) v[k] = get(dx + j + k * kLanes, n);
+      give(count, j, n, row, v);
+    });
+  }
+
+  // Columns of the gradient before the norm of the row in scratch.
+  template <typename N>
+  __attribute__((always_inline)) void write(N count, int64_t j, int n, const Target& row) const {
+    const float *y = scratch_ + j, *g = scratch_ + c_.stride + j;
+    vf v[count.value];
+    for (int k = 0; k < count.value; ++k)
+      v[k] = load(g + k * kLanes) * row.rstd - row.g - load(y + k * kLanes) * row.gy;
+    give(count, j, n, row, v);
+  }
+
+  template <typename N>
+  __attribute__((always_inline)) void give(N count, int64_t j, int n, const Target& row, const vf* v) const {
+    if (row.tokens) put_columns<kStream>(count, row.tokens + j, v, n);
+    if (row.sum)
+      for (int k = 0; k < count.value; ++k) add_to(row.sum + j + k * kLanes, v[k]);
+  }
+
+  // Reads the row at place i: y and g to scratch, the sums for weight and bias. What the row some way ahead
+  // needs is fetched meanwhile, and (kWrite) the row that is in scratch is written.
+  template <bool kWrite>
+  void read(int64_t i, int64_t end, const Partials& partial) {
+    const int64_t t = buckets_.row(i),
+                  next = buckets_.row(row_ahead<kStream>(i, end, p_.dim * int64_t(sizeof(T))));
     float *y = scratch_, *g = scratch_ + c_.stride, *dweight = partial.weight, *dbias = partial.bias;
     const float* weight = c_.weight;
     const float rstd = p_.rstd[t], mean = p_.norm == Norm::layer ? p_.mean[t] : 0.0f;
     const T *dx = gradient(t), *dx_ahead = gradient(next);
+    const Target before = row_;
     Four sum_g, sum_gy;
     Row<T, P>(p_, c_, t).for_each_sum(0, p_.dim, Row<T, P>(p_, c_, next),
                                       [&](auto count, int64_t j, int n, const vf* v) MMFAST_INLINE_LAMBDA {
                                         if (count.value == 4) prefetch(dx_ahead + j);
+                                        if (kWrite) write(count, j, n, before);
                                         vf normed[count.value], d[count.value];
                                         for (int k = 0; k < count.value; ++k) {
                                           const int64_t c = j + k * kLanes;
@@ -144,30 +197,11 @@ class Backward {
                                           for (int k = 0; k < count.value; ++k)
                                             add_to(dbias + j + k * kLanes, d[k]);
                                       });
-    const Averages average{p_.norm == Norm::layer ? sum_g.total() / float(p_.dim) : 0.0f,
-                           sum_gy.total() / float(p_.dim)};
-    if (averages_) averages_[2 * t] = average.g, averages_[2 * t + 1] = average.gy;
-    return average;
-  }
-
-  // The gradient of row t before the norm: to its token, and added to the sum of its bucket.
-  template <typename Value>
-  void write(int64_t t, Value value) {
-    const PackPart& part = p_.part[p_.modality[t]];
-    T* out = part.dtokens ? static_cast<T*>(part.dtokens) + (p_.source[t] - part.first) * p_.dim : nullptr;
-    float* sum = p_.dtype_embedding || (part.tables && part.dtable[0]) ? this->sum() : nullptr;
-    if (!out && !sum) return;
-    auto some = [&](auto count, int64_t j, int n) MMFAST_INLINE_LAMBDA {
-      vf v[count.value];
-      for (int k = 0; k < count.value; ++k) v[k] = value(j + k * kLanes, n);
-      if (out)
-        for (int k = 0; k < count.value; ++k) set<kStream>(out + j + k * kLanes, v[k], n);
-      if (sum)
-        for (int k = 0; k < count.value; ++k) add_to(sum + j + k * kLanes, v[k]);
-    };
-    int64_t j = 0;
-    for (; j + 4 * kLanes <= p_.dim; j += 4 * kLanes) some(Count<4>(), j, kLanes);
-    for (; j < p_.dim; j += kLanes) some(Count<1>(), j, p_.dim - j < kLanes ? int(p_.dim - j) : kLanes);
+    const float average_g = p_.norm == Norm::layer ? sum_g.total() / float(p_.dim) : 0.0f;
+    const float average_gy = sum_gy.total() / float(p_.dim);
+    if (averages_) averages_[2 * t] = average_g, averages_[2 * t + 1] = average_gy;
+    row_ = target(t);
+    row_.rstd = rstd, row_.g = average_g * rstd, row_.gy = average_gy * rstd;
   }
 
   // After the row at place i has its gradient: where it is the last of its bucket in [begin, end), hands on
@@ -257,7 +291,7 @@ void table_backward(const PackParams& p, const Constants& c, const float* averag
     const int64_t width = dim - first < kColumns ? dim - first : kColumns;
     float total[kColumns] = {};
     for (int64_t m = n ? end[n - 1] : 0; m < end[n]; ++m) {
-      const int64_t next = member[row_ahead(m, part.rows, width * int64_t(sizeof(T)))];
+      const int64_t next = member[row_ahead<false>(m, part.rows, width * int64_t(sizeof(T)))];
       add_gradient<T, P>(p, c, averages, member[m], first, width, next, total);
     }
     for_each_vector(width, [&](int64_t i, int k) MMFAST_INLINE_LAMBDA {
@@ -308,15 +342,12 @@ void backward(const PackParams& p) {
   const bool want_weight = p.dweight, want_bias = p.dbias, want_type = p.dtype_embedding;
   const int64_t bias_at = 2 + want_weight, type_at = bias_at + want_bias;
   const int64_t chunk_stride = stride * (type_at + (want_type ? p.parts : 0));
-  const int64_t size = Backward<T, P, kStream>::scratch_size(p.dim);
   float* partials = allocate(chunks * chunk_stride);
-  float* scratch = allocate(p.threads * size);
+  const Scratch scratch(p.threads, Backward<T, P, kStream>::scratch_size(p.dim));
   float* averages = further_axes && p.norm != Norm::none ? allocate(2 * p.rows + 1) : nullptr;
 #pragma omp parallel num_threads(p.threads)
   {
-    float* mine = scratch + omp_get_thread_num() * size;
-    std::memset(mine, 0, size_t(size) * sizeof(float));
-    Backward<T, P, kStream> rows(p, constants, buckets, averages, mine);
+    Backward<T, P, kStream> rows(p, constants, buckets, averages, scratch.of(omp_get_thread_num()));
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < chunks; ++c) {
       float* base = partials + c * chunk_stride;
@@ -335,7 +366,6 @@ void backward(const PackParams& p) {
   for (int m = 0; want_type && m < p.parts; ++m)
     reduced(type_at + m, static_cast<P*>(p.dtype_embedding) + m * p.dim);
   if (first_axis) finish_tables<P>(p, buckets, partials, chunk_stride, chunks, stride);
-  release(scratch);
   release(partials);
   for (int m = 0; m < p.parts; ++m) {
     for (int a = 1; a < p.part[m].tables; ++a)

@@ -10,16 +10,6 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-// How far ahead of its use a row is fetched: enough to hide the memory behind it, few enough to stay in the
-// first-level cache.
-constexpr int64_t kAheadBytes = 3 << 10;
-
-// The row to fetch while row t of [begin, end) is worked on, `bytes` of it.
-MMFAST_INLINE int64_t row_ahead(int64_t t, int64_t end, int64_t bytes) {
-  const int64_t rows = kAheadBytes / (bytes + 1), next = t + (rows < 1 ? 1 : rows);
-  return next < end ? next : end - 1;
-}
-
 // Norm weight, bias and type embedding in float32, converted once for a call, in rows padded with zeros. An
 // absent weight is ones, an absent bias zeros: cheaper than asking in every loop.
 class Constants {
@@ -48,12 +38,6 @@ class Constants {
     for (int64_t i = 0; i < stride; ++i) to[i] = i >= dim ? 0.0f : from ? to_float(from[i]) : absent;
     return to;
   }
-};
-
-// A number that the compiler knows.
-template <int kValue>
-struct Count {
-  static constexpr int value = kValue;
 };
 
 // The cache lines of four vectors.

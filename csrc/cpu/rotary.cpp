@@ -103,21 +103,38 @@ struct Heads {
   const T* x;
   int64_t stride;
   int count;
+  int64_t ahead;  // elements to the same heads of the row that is fetched meanwhile
+
+  __attribute__((always_inline)) const T* head(int h) const { return x + h * stride; }
+  __attribute__((always_inline)) void fetch_ahead(int h, int64_t dim) const {
+    for (int64_t i = 0; i < dim; i += int64_t(64 / sizeof(T))) __builtin_prefetch(head(h) + ahead + i);
+  }
 };
 
 template <typename T>
-MMFAST_INLINE void rstd_of(const RotaryParams& p, int64_t dim, const Heads<T>& heads, float* rstd) {
-  for (int h = 0; h < kGroup; ++h) {
-    Four squares;
-    if (h < heads.count) {
-      const T* x = heads.x + h * heads.stride;
-      for_each_vector_in_four(dim, [&](int64_t i, int n, int k) MMFAST_INLINE_LAMBDA {
-        const vf v = get(x + i, n);
-        squares.v[k] += v * v;
-      });
+MMFAST_INLINE float sum_of_squares(const T* x, int64_t dim) {
+  Four squares;
+  int64_t done = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == 2) {
+    for (; done + 2 * kLanes <= dim; done += 2 * kLanes) {
+      __m512bh v;
+      std::memcpy(&v, x + done, sizeof v);
+      squares.v[0] = (vf)_mm512_dpbf16_ps((__m512)squares.v[0], v, v);
     }
-    rstd[h] = squares.total();
   }
+#endif
+  for_each_vector_in_four(dim - done, [&](int64_t i, int n, int k) MMFAST_INLINE_LAMBDA {
+    const vf v = get(x + done + i, n);
+    squares.v[k] += v * v;
+  });
+  return squares.total();
+}
+
+template <typename T>
+MMFAST_INLINE void rstd_of(const RotaryParams& p, int64_t dim, const Heads<T>& heads, float* rstd) {
+  std::memset(rstd, 0, kGroup * sizeof(float));
+  for (int h = 0; h < heads.count; ++h) rstd[h] = sum_of_squares(heads.head(h), dim);
   for (int h = 0; h < kGroup; ++h) rstd[h] = 1.0f / std::sqrt(rstd[h] / float(dim) + p.eps);
 }
 
@@ -127,7 +144,8 @@ MMFAST_INLINE void forward_heads(const RotaryParams& p, int64_t dim, const float
   float rstd[kGroup];
   if (p.norm) rstd_of(p, dim, heads, rstd);
   for (int h = 0; h < heads.count; ++h, out += dim) {
-    const T* x = heads.x + h * heads.stride;
+    const T* x = heads.head(h);
+    heads.fetch_ahead(h, dim);
     auto finish = [&](int64_t i, int n, vf v) MMFAST_INLINE_LAMBDA { set<kStream>(out + i, v, n); };
     if (!p.norm) {
       rotate(p, dim, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n); }, finish);
@@ -154,7 +172,8 @@ MMFAST_INLINE void backward_heads(const RotaryParams& p, int64_t dim, const floa
                                   float* scratch, float* dweight) {
   if (!p.norm) {
     for (int h = 0; h < heads.count; ++h, out += dim) {
-      const T* grad = grads.x + h * grads.stride;
+      const T* grad = grads.head(h);
+      grads.fetch_ahead(h, dim);
       rotate(
           p, dim, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(grad + i, n); },
           [&](int64_t i, int n, vf v) MMFAST_INLINE_LAMBDA { set<kStream>(out + i, v, n); });
@@ -167,7 +186,8 @@ MMFAST_INLINE void backward_heads(const RotaryParams& p, int64_t dim, const floa
   scratch += padded(dim);
   if (dweight) std::memset(of_heads, 0, size_t(padded(dim)) * sizeof(float));
   for (int h = 0; h < heads.count; ++h) {
-    const T *x = heads.x + h * heads.stride, *grad = grads.x + h * grads.stride;
+    const T *x = heads.head(h), *grad = grads.head(h);
+    grads.fetch_ahead(h, dim);
     float* scaled = scratch + h * padded(dim);
     const float factor = rstd[h];
     vf product = splat(0);
@@ -187,7 +207,8 @@ MMFAST_INLINE void backward_heads(const RotaryParams& p, int64_t dim, const floa
       set<false>(dweight + i, get(dweight + i, n) + get(of_heads + i, n), n);
     });
   for (int h = 0; h < heads.count; ++h, out += dim) {
-    const T* x = heads.x + h * heads.stride;
+    const T* x = heads.head(h);
+    heads.fetch_ahead(h, dim);
     const float *scaled = scratch + h * padded(dim), factor = rstd[h], shift = factor * mean[h];
     for_each_vector(dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
       set<kStream>(out + i, (get(scaled + i, n) - get(x + i, n) * shift) * factor, n);
@@ -199,14 +220,13 @@ MMFAST_INLINE void backward_heads(const RotaryParams& p, int64_t dim, const floa
 template <typename T, bool kBackward, bool kStream, int kDim>
 void run(const RotaryParams& p) {
   const int64_t dim = kDim ? kDim : p.dim;
-  const int64_t stride = padded(dim), chunks = chunks_of(p.rows), size = (3 + kGroup) * stride;
-  float* scratch = allocate(p.threads * size);
+  const int64_t stride = padded(dim), chunks = chunks_of(p.rows);
+  const Scratch scratch(p.threads, (3 + kGroup) * stride);
   float* partials = allocate(chunks * 2 * stride);
   std::memset(partials, 0, size_t(chunks * 2 * stride) * sizeof(float));
-  std::memset(scratch, 0, size_t(p.threads * size) * sizeof(float));
 #pragma omp parallel num_threads(p.threads)
   {
-    float* mine = scratch + omp_get_thread_num() * size;
+    float* mine = scratch.of(omp_get_thread_num());
     const Angles angle{mine, mine + stride};
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < chunks; ++c) {
@@ -219,15 +239,16 @@ void run(const RotaryParams& p) {
             std::memset(out, 0, size_t(side.heads * dim) * sizeof(T));
             continue;
           }
+          const int64_t next = row_ahead<kStream>(t, p.rows, side.heads * dim * int64_t(sizeof(T)));
           float* dweight = side.dweight ? partials + (2 * c + i) * stride : nullptr;
           for (int64_t h = 0; h < side.heads; h += kGroup, out += kGroup * dim) {
             const int count = side.heads - h < kGroup ? int(side.heads - h) : kGroup;
             const Heads<T> x{static_cast<const T*>(side.x) + t * side.x_stride[0] + h * side.x_stride[1],
-                             side.x_stride[1], count};
+                             side.x_stride[1], count, (next - t) * side.x_stride[0]};
             if constexpr (kBackward) {
               const Heads<T> grad{
                   static_cast<const T*>(side.grad) + t * side.grad_stride[0] + h * side.grad_stride[1],
-                  side.grad_stride[1], count};
+                  side.grad_stride[1], count, (next - t) * side.grad_stride[0]};
               backward_heads<T, kStream>(p, dim, side.weight, angle, x, grad, out, mine + 2 * stride,
                                          dweight);
             } else {
@@ -248,7 +269,6 @@ void run(const RotaryParams& p) {
     }
   }
   release(partials);
-  release(scratch);
 }
 
 template <typename T, bool kBackward, bool kStream>

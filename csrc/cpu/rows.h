@@ -91,6 +91,38 @@ MMFAST_INLINE void release(float* p) {
   ::operator delete[](p, std::align_val_t(64));
 }
 
+// Zeroed memory of n floats for each thread, on pages of its own: where a thread reads on to the end of its
+// memory, the hardware fetches what lies behind it on the page, and takes it from the neighbour's cache.
+class Scratch {
+ public:
+  Scratch(int64_t threads, int64_t n) : stride_((n + kPage - 1) / kPage * kPage) {
+    const size_t bytes = size_t(threads * stride_) * sizeof(float);
+    memory_ = static_cast<float*>(::operator new[](bytes, kAlignment));
+    std::memset(memory_, 0, bytes);
+  }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { ::operator delete[](memory_, kAlignment); }
+
+  float* of(int64_t thread) const { return memory_ + thread * stride_; }
+
+ private:
+  static constexpr int64_t kPage = 4096 / sizeof(float);
+  static constexpr std::align_val_t kAlignment{4096};
+
+  int64_t stride_;
+  float* memory_;
+};
+
+// The row to fetch while row t of [begin, end) is worked on, `bytes` of it: far enough ahead to hide the
+// memory behind it, near enough to stay in the first-level cache, of which the output takes no part where its
+// stores bypass it.
+template <bool kStream>
+MMFAST_INLINE int64_t row_ahead(int64_t t, int64_t end, int64_t bytes) {
+  constexpr int64_t kAheadBytes = (kStream ? 12 : 6) << 10;
+  const int64_t rows = kAheadBytes / (bytes + 1), next = t + (rows < 1 ? 1 : rows);
+  return next < end ? next : end - 1;
+}
+
 // A body that is not inlined passes its vectors through memory, at several times the cost.
 #define MMFAST_INLINE_LAMBDA __attribute__((always_inline))
 
@@ -115,6 +147,21 @@ MMFAST_INLINE void for_each_vector_in_four(int64_t dim, Body body) {
   for (; i + kLanes <= dim; i += kLanes) body(i, kLanes, 0);
   if (i < dim) body(i, int(dim - i), 1);
 }
+
+// A number that the compiler knows.
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
+};
+
+// Calls body(Count<4>, i, kLanes) for every four vectors of a row, then body(Count<1>, i, n) for the rest.
+template <typename Body>
+MMFAST_INLINE void for_each_four(int64_t dim, Body body) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= dim; i += 4 * kLanes) body(Count<4>(), i, kLanes);
+  for (; i < dim; i += kLanes) body(Count<1>(), i, dim - i < kLanes ? int(dim - i) : kLanes);
+}
+
 struct Four {
   vf v[4] = {};
   __attribute__((always_inline)) float total() const { return sum((v[0] + v[1]) + (v[2] + v[3])); }
@@ -130,6 +177,15 @@ MMFAST_INLINE void set(T* p, vf v, int n) {
     put<kStream>(p, v);
   else
     store_tail(p, v, n);
+}
+
+// Four vectors, or the first n columns of one.
+template <bool kStream, typename N, typename T>
+MMFAST_INLINE void put_columns(N count, T* p, const vf* v, int n) {
+  if constexpr (count.value == 4)
+    put_four<kStream>(p, v);
+  else
+    set<kStream>(p, v[0], n);
 }
 }  // namespace
 }  // namespace MMFAST_ISA
