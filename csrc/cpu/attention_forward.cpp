@@ -145,6 +145,7 @@ struct Forward {
   const int64_t q0 = p.layout_q.begin(item.sample), k0 = p.layout_k.begin(item.sample);
   const int64_t keys = p.layout_k.length(item.sample);
   const Side side_q = side_of(p.layout_q, item.sample), side_k = side_of(p.layout_k, item.sample);
+  int64_t ready = 0, written = 0;  // rows whose output is whole, and in memory
 
   // next: what this thread probably runs next.
   void run(const Forward& next) {
@@ -154,19 +155,18 @@ struct Forward {
     for (int64_t r = 0; r < rows; ++r) w.maximum[r] = -kInfinity, w.sum[r] = 0;
     TileSummary all{};
     if (!is_trivial && keys > 0) all = summarize(side_q, item.begin / group, (item.end - 1) / group + 1);
-    const bool once = keys > 0 && keys <= capacity;
     for (int64_t r = 0; r < rows && r < kBlockRows; r += kRows) prefetch_queries(r);
     for (int64_t key = 0; key < keys; key += capacity) {
       const int64_t end = key + capacity < keys ? key + capacity : keys;
       pack(key, end, all);
       for (int64_t r = 0; r < rows; r += kBlockRows) {
-        block(r, rows - r < kBlockRows ? int(rows - r) : kBlockRows, key, end);
-        if (once) finish(r, rows - r < kBlockRows ? int(rows - r) : kBlockRows);
+        const int64_t r_end = r + kBlockRows < rows ? r + kBlockRows : rows;
+        block(r, int(r_end - r), key, end);
+        if (end == keys) ready = r_end;
       }
     }
-    if (!once)
-      for (int64_t r = 0; r < rows; r += kBlockRows)
-        finish(r, rows - r < kBlockRows ? int(rows - r) : kBlockRows);
+    ready = rows;
+    write(rows);
   }
 
   // Packs the panels of keys begin to end that some query of the item sees.
@@ -231,17 +231,19 @@ struct Forward {
                                  capacity / Units::kPack, w.values);
         for (int j = 0; j < width; j += kLanes) weigh_columns(j, r, n);
         const Store kind = key == 0 ? Store::set : Store::rescale;
-        for (int i = 0; i < width; i += kRows)
+        for (int i = 0; i < width; i += kRows) {
+          const int height = width - i < kRows ? width - i : kRows;
           for (int64_t d = 0; d < p.dim; d += kPanel)
-            multiply<Units>(width - i < kRows ? width - i : kRows,
-                            int(narrow - d < kPanel ? narrow - d : kPanel) / kGroup,
+            multiply<Units>(height, int(narrow - d < kPanel ? narrow - d : kPanel) / kGroup,
                             reinterpret_cast<const Unit*>(w.scores) + i, 1, kPanel,
                             w.values + d * (capacity / Units::kPack), steps, w.out + (r + i) * narrow + d,
                             narrow, {kind, 1.0f, w.alpha + i, later.take(steps)});
+          if (key + n == keys) finish(r + i, height);
+        }
       }
       later.rest();
     }
-    finish(0, rows);
+    if (keys == 0) finish(0, rows);
   }
 
   // Keys between two rescalings of few queries.
@@ -334,6 +336,7 @@ struct Forward {
       for (int c = 0; c < panels; ++c) {
         const Unit* panel = w.keys + (first + c) * units * kPanel;
         for (int t = 0; t * kRows < rows; ++t) {
+          if (c == 0) write(kRows);
           if (c == 0 && key == begin) prefetch_queries(r + kBlockRows + t * kRows);
           const Span span = mask.spans[t][c];
           if (span.begin == span.end) continue;
@@ -428,6 +431,13 @@ struct Forward {
       started = 1;
       fresh = false;
     }
+  }
+
+  // Writes up to n of the rows that are ready. A block of them at once would wait for memory.
+  void write(int64_t n) {
+    const int64_t rows = n < ready - written ? n : ready - written;
+    finish(written, int(rows));
+    written += rows;
   }
 
   void finish(int64_t r, int rows) {
