@@ -33,7 +33,7 @@ struct Buffers {
   uint32_t* bounds_set;
   bool* packed;
   ForwardMask* mask;
-  const char **lines_of_keys, **lines_of_values;  // of few queries
+  const char **lines_of_keys, **lines_of_values;
 
   void lay_out(Arena& arena, int64_t dim, int64_t panels, int64_t rows) {
     const int64_t units = dim / Units::kPack, wide = round_up(dim, kPanel), narrow = round_up(dim, kGroup);
@@ -52,7 +52,8 @@ struct Buffers {
     bounds_set = arena.take<uint32_t>(panels);
     packed = arena.take<bool>(panels);
     mask = arena.take<ForwardMask>(1);
-    lines_of_keys = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
+    lines_of_keys =
+        arena.take<const char*>(room_of<Units>(2 * kPanel > kFewKeys ? 2 * kPanel : kFewKeys, dim));
     lines_of_values = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
   }
 };
@@ -146,6 +147,7 @@ struct Forward {
   const int64_t keys = p.layout_k.length(item.sample);
   const Side side_q = side_of(p.layout_q, item.sample), side_k = side_of(p.layout_k, item.sample);
   int64_t ready = 0, written = 0;  // rows whose output is whole, and in memory
+  Lines later{nullptr};            // keys and values that are packed next
 
   // next: what this thread probably runs next.
   void run(const Forward& next) {
@@ -153,15 +155,13 @@ struct Forward {
     const int64_t rows = item.end - item.begin;
     std::memset(w.started, 0, rows / kRows + 1);
     for (int64_t r = 0; r < rows; ++r) w.maximum[r] = -kInfinity, w.sum[r] = 0;
-    TileSummary all{};
-    if (!is_trivial && keys > 0) all = summarize(side_q, item.begin / group, (item.end - 1) / group + 1);
     for (int64_t r = 0; r < rows && r < kBlockRows; r += kRows) prefetch_queries(r);
     for (int64_t key = 0; key < keys; key += capacity) {
       const int64_t end = key + capacity < keys ? key + capacity : keys;
-      pack(key, end, all);
+      summarize_keys(key, end);
       for (int64_t r = 0; r < rows; r += kBlockRows) {
         const int64_t r_end = r + kBlockRows < rows ? r + kBlockRows : rows;
-        block(r, int(r_end - r), key, end);
+        block(r, int(r_end - r), key, end, next);
         if (end == keys) ready = r_end;
       }
     }
@@ -169,23 +169,41 @@ struct Forward {
     write(rows);
   }
 
-  // Packs the panels of keys begin to end that some query of the item sees.
-  void pack(int64_t begin, int64_t end, const TileSummary& all) {
-    const Rows<T> k = rows_of<T>(p.k, k0 + begin, head_k), v = rows_of<T>(p.v, k0 + begin, head_k);
-    for (int64_t j = 0; begin + j < end; j += kPanel) {
-      const int64_t panel = j / kPanel;
-      const int n = end - begin - j < kPanel ? int(end - begin - j) : kPanel;
-      if (!is_trivial) {
-        w.bounds_set[panel] = 0;
-        w.summaries[panel] = summarize(side_k, begin + j, begin + j + n);
-        if (classify(p.mask, all, w.summaries[panel]) == kSkip) continue;
-      }
-      pack_transposed<Units>(Rows<T>{k.data + j * k.stride, k.stride}, n, p.dim,
-                             w.keys + panel * units * kPanel, w.scratch,
-                             Rows<T>{v.data + j * v.stride, v.stride});
-      pack_rows_of<Units, T>([&](int64_t i) { return v.data + (j + i) * v.stride; }, n, p.dim,
-                             capacity / Units::kPack, w.values + j / Units::kPack * kPanel);
+  void summarize_keys(int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; j += kPanel) {
+      const int64_t panel = (j - begin) / kPanel;
+      w.packed[panel] = false;
+      w.bounds_set[panel] = 0;
+      if (!is_trivial) w.summaries[panel] = summarize(side_k, j, j + kPanel < end ? j + kPanel : end);
     }
+  }
+
+  // Packs a panel of the keys begin to end, before it is first seen. Products then fetch the next one.
+  void pack(int64_t panel, int64_t begin, int64_t end, const Forward& next) {
+    if (w.packed[panel]) return;
+    w.packed[panel] = true;
+    const int64_t j = begin + panel * kPanel, after = j + kPanel;
+    const int n = end < after ? int(end - j) : kPanel;
+    const Rows<T> k = rows_of<T>(p.k, k0 + j, head_k), v = rows_of<T>(p.v, k0 + j, head_k);
+    pack_panel<Units>(k, n, p.dim, w.keys + panel * units * kPanel, w.scratch);
+    pack_rows_of<Units, T>([&](int64_t i) { return v.data + i * v.stride; }, n, p.dim,
+                           capacity / Units::kPack, w.values + panel * kPanel / Units::kPack * kPanel);
+    later = Lines(w.lines_of_keys);
+    if (after < keys)
+      add_panel(later, after);
+    else
+      next.add_panel(later, 0);
+    later.end(units);
+  }
+
+  void add_panel(Lines& lines, int64_t key) const {
+    add_rows(lines, p.k, key, kPanel);
+    add_rows(lines, p.v, key, kPanel);
+  }
+
+  void add_rows(Lines& lines, const HeadsView& x, int64_t key, int64_t n) const {
+    const Rows<T> rows = rows_of<T>(x, k0 + key, head_k);
+    for (int64_t i = 0; i < n && key + i < keys; ++i) lines.add(rows.data + i * rows.stride, p.dim);
   }
 
   bool keys_in_place() const {
@@ -214,13 +232,14 @@ struct Forward {
       const int n = int(keys - key < step ? keys - key : step);
       const int64_t steps = (n + Units::kPack - 1) / Units::kPack;
       const Rows<T> k = rows_of<T>(p.k, k0 + key, head_k), v = rows_of<T>(p.v, k0 + key, head_k);
-      Lines values(w.lines_of_values), later(w.lines_of_keys);
-      for (int i = 0; i < n; ++i) values.add(v.data + i * v.stride, p.dim);
+      Lines values(w.lines_of_values);
+      later = Lines(w.lines_of_keys);
+      add_rows(values, p.v, key, n);
       values.end(units);
       if (key + n < keys)
-        add_keys(later, key + n, step);
+        add_rows(later, p.k, key + n, step);
       else
-        next.add_keys(later, 0, next.few_keys());
+        next.add_rows(later, p.k, 0, next.few_keys());
       later.end(steps);
       for (int r = 0; r < rows; r += kPanel) {
         const int width = rows - r < kPanel ? rows - r : kPanel;
@@ -251,11 +270,6 @@ struct Forward {
     const int64_t limit = kFewKeys < capacity ? kFewKeys : capacity;
     const int64_t chunks = (keys + limit - 1) / limit;
     return chunks ? round_up((keys + chunks - 1) / chunks, Units::kPack) : 0;
-  }
-
-  void add_keys(Lines& lines, int64_t key, int64_t n) const {
-    const Rows<T> k = rows_of<T>(p.k, k0 + key, head_k);
-    for (int64_t i = 0; i < n && key + i < keys; ++i) lines.add(k.data + i * k.stride, p.dim);
   }
 
   // Replaces the scores of the queries of one vector by weights, as units of the next product.
@@ -322,7 +336,7 @@ struct Forward {
     }
   }
 
-  void block(int64_t r, int rows, int64_t begin, int64_t end) {
+  void block(int64_t r, int rows, int64_t begin, int64_t end, const Forward& next) {
     Rows<Unit> q{};
     for (int64_t key = begin; key < end; key += kScores) {
       const int panels = int((end - key < kScores ? end - key : kScores) + kPanel - 1) / kPanel;
@@ -332,8 +346,8 @@ struct Forward {
                     w.summaries + first, w.bounds + first * kMaxModalities, w.bounds_set + first))
         continue;
       if (!q.data) q = queries(r, rows);
-      const Epilogue scaled{Store::set, scale.product, nullptr};
       for (int c = 0; c < panels; ++c) {
+        if (mask.kinds[c] != kSkip) pack(first + c, begin, end, next);
         const Unit* panel = w.keys + (first + c) * units * kPanel;
         for (int t = 0; t * kRows < rows; ++t) {
           if (c == 0) write(kRows);
@@ -342,7 +356,8 @@ struct Forward {
           if (span.begin == span.end) continue;
           multiply<Units>(rows - t * kRows < kRows ? rows - t * kRows : kRows, span.end - span.begin,
                           q.data + t * kRows * q.stride, q.stride, 1, panel + span.begin * kGroup, units,
-                          w.scores + t * kRows * kScores + c * kPanel + span.begin * kGroup, kScores, scaled);
+                          w.scores + t * kRows * kScores + c * kPanel + span.begin * kGroup, kScores,
+                          {Store::set, scale.product, nullptr, later.take(units)});
         }
       }
       for (int t = 0; t * kRows < rows; ++t) {

@@ -319,7 +319,14 @@ MMFAST_INLINE void pack_group(RowOf row_of, int n, int64_t dim, typename Units::
 }
 
 // A panel of n <= 64 rows, transposed: out[units of dim][64]. Columns up to a whole group are zero.
-// Meanwhile the same rows of `next`, which are packed afterwards, are fetched.
+template <class Units, class T>
+void pack_panel(Rows<T> rows, int n, int64_t dim, typename Units::Unit* out, typename Units::Unit* scratch) {
+  for (int j = 0; j < n; j += kGroup)
+    pack_group<Units, T>([&](int i) { return rows.data + (j + i) * rows.stride; },
+                         n - j < kGroup ? n - j : kGroup, dim, out + j, scratch);
+}
+
+// pack_panel(); meanwhile the same rows of `next`, which are packed afterwards, are fetched.
 template <class Units, class T>
 void pack_transposed(Rows<T> rows, int n, int64_t dim, typename Units::Unit* out,
                      typename Units::Unit* scratch, Rows<T> next) {

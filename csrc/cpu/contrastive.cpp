@@ -63,14 +63,6 @@ const typename Units::Unit* as_units(const T* rows, int64_t n, int64_t dim, type
   }
 }
 
-// A panel of n <= 64 rows, transposed. scratch: 17 * dim units.
-template <class Units, class T>
-void pack_panel(const T* rows, int n, int64_t dim, typename Units::Unit* out, typename Units::Unit* scratch) {
-  for (int j = 0; j < n; j += kGroup)
-    pack_group<Units, T>([&](int i) { return rows + (j + i) * dim; }, n - j < kGroup ? n - j : kGroup, dim,
-                         out + j, scratch);
-}
-
 // What the next tile reads: it may come from the third cache, later than a tile can wait.
 template <class Unit>
 MMFAST_INLINE void fetch_rows(const Unit* rows, int64_t stride, int64_t count, int64_t size) {
@@ -114,7 +106,7 @@ void forward_chunk(const ContrastiveParams& p, Range rows, Range columns, float*
   for (int64_t r = 0; r < rows.size(); ++r) row[r] = {splat(initial), splat(0.0f)};
   for (int64_t j = columns.begin; j < columns.end; j += kPanel) {
     const Columns at(p, j, columns.end);
-    pack_panel<Units, T>(y + j * p.dim, at.valid, p.dim, panel, pack_scratch);
+    pack_panel<Units>(Rows<T>{y + j * p.dim, p.dim}, at.valid, p.dim, panel, pack_scratch);
     Online column[kPanelVecs];
     for (Online& c : column) c = {splat(kMasked), splat(0.0f)};
     for (int64_t i = rows.begin; i < rows.end; i += kForwardRows) {
@@ -277,8 +269,8 @@ void backward_chunk(const ContrastiveParams& p, Range rows, Range columns, Backw
   for (int64_t j = columns.begin; j < columns.end; j += kBackwardColumns) {
     const Range c{j, min64(j + kBackwardColumns, columns.end)};
     for (int64_t k = c.begin; !kept && k < c.end; k += kPanel)
-      pack_panel<Units, T>(y + k * p.dim, int(min64(kPanel, c.end - k)), p.dim,
-                           w.y_transposed + (k - j) * units, w.pack);
+      pack_panel<Units>(Rows<T>{y + k * p.dim, p.dim}, int(min64(kPanel, c.end - k)), p.dim,
+                        w.y_transposed + (k - j) * units, w.pack);
     if (p.dx) pack_rows<Units, T>(y + j * p.dim, c.size(), p.dim, kBackwardColumns / pack, w.y_rows);
     for (int64_t i = rows.begin; i < rows.end; i += kBackwardRows) {
       const Range r{i, min64(i + kBackwardRows, rows.end)};
