@@ -137,6 +137,19 @@ void forward(const PackParams& p) {
   p.stream&& can_stream(p.x, p.dim * int64_t(sizeof(T))) ? forward<T, P, true>(p) : forward<T, P, false>(p);
 }
 
+bool valid_rows(const PackParams& p, int64_t begin, int64_t end) {
+  bool valid = true;
+  for (int64_t t = begin; t < end; ++t) {
+    const int m = p.modality[t];
+    if (m >= p.parts) return false;
+    const PackPart& part = p.part[m];
+    valid &= uint64_t(p.source[t]) - uint64_t(part.first) < uint64_t(part.rows);
+    for (int a = 0; a < part.tables; ++a)
+      valid &= uint64_t(int64_t(p.position[t * p.axes + a])) < uint64_t(part.table_rows[a]);
+  }
+  return valid;
+}
+
 template <bool kStream>
 MMFAST_INLINE void copy_row(char* out, const char* from, int64_t bytes) {
   if constexpr (kStream) {
@@ -171,6 +184,15 @@ void pack_forward(const PackParams& p) {
   if (p.dtype == DType::f32) return forward<float, float>(p);
   if (p.param_dtype == DType::f32) return forward<bf16, float>(p);
   forward<bf16, bf16>(p);
+}
+void check_rows(const PackRowsParams& p) {
+  bool valid = true;
+#pragma omp parallel num_threads(p.pack->threads) reduction(&& : valid)
+  {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), rows = p.pack->rows;
+    valid = valid_rows(*p.pack, rows * thread / threads, rows * (thread + 1) / threads);
+  }
+  *p.valid = valid;
 }
 void gather_rows(const GatherParams& p) {
   p.stream&& can_stream(p.out, p.bytes) ? gather<true>(p) : gather<false>(p);
