@@ -121,8 +121,7 @@ class Layout:
     def unchecked(cls, cu_seqlens: Tensor, **fields) -> Layout:
         """The layout of fields that are known to fit, whose checks would take longer than building them."""
         layout = object.__new__(cls)
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        layout.__dict__.update(defaults, cu_seqlens=cu_seqlens, **fields)
+        layout.__dict__.update(cu_seqlens=cu_seqlens, **fields)  # those not given are found in the class
         return layout
 
     @classmethod

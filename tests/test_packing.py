@@ -659,6 +659,16 @@ def test_position_outside_its_table():
             pack({"a": part(positions=positions)}, position_embedding={"a": torch.zeros(9, 8)}, backend="cpu")
 
 
+@needs_cpu
+def test_last_position_outside_its_table():
+    """Rows shared by threads, and a second axis: every row's positions are looked at."""
+    positions = torch.zeros(5000, 2, dtype=torch.int32)
+    positions[-1, 1] = 9
+    tables = [torch.zeros(20, 64), torch.zeros(9, 64)]
+    with pytest.raises(ValueError, match=r"position_embedding\[a\]: position 9 of row 4999 on axis 1.*9 rows"):
+        pack({"a": (torch.zeros(5000, 64), [5000], positions)}, position_embedding={"a": tables}, backend="cpu")
+
+
 @pytest.mark.parametrize(
     ("order", "message"),
     [

@@ -4,6 +4,7 @@
 
 MMFAST_DECLARE_KERNEL(pack_forward, PackParams)
 MMFAST_DECLARE_KERNEL(pack_backward, PackParams)
+MMFAST_DECLARE_KERNEL(check_rows, PackRowsParams)
 MMFAST_DECLARE_KERNEL(gather_rows, GatherParams)
 
 namespace mmfast {
@@ -52,12 +53,15 @@ bool pack_layout(const std::vector<TensorView>& lengths, const std::vector<int64
   int64_t row = 0, slots = 0;
   auto add = [&](int64_t p, int64_t i) {
     const int64_t from = begin[first_item[p] + i], n = begin[first_item[p] + i + 1] - from;
-    for (int64_t k = 0; k < n; ++k, ++row) {
-      source.ptr<int64_t>()[row] = from + k;
-      place.ptr<int32_t>()[row] = int32_t(k);
-      modality.ptr<uint8_t>()[row] = uint8_t(p);
-      slot.ptr<int32_t>()[row] = int32_t(slots);
+    int64_t* source_of = source.ptr<int64_t>() + row;
+    int32_t *place_of = place.ptr<int32_t>() + row, *slot_of = slot.ptr<int32_t>() + row;
+    std::memset(modality.ptr<uint8_t>() + row, int(p), size_t(n));
+    for (int64_t k = 0, number = slots; k < n; ++k) {
+      source_of[k] = from + k;
+      place_of[k] = int32_t(k);
+      slot_of[k] = int32_t(number);
     }
+    row += n;
     ++slots;
   };
   cu_seqlens.ptr<int32_t>()[0] = 0;
@@ -93,6 +97,37 @@ template <class Params>
 void set_threads(Params& p, int64_t bytes) {
   p.stream = bytes > streamed_bytes();
   p.threads = threads_for(bytes);
+}
+
+// Says which row of x comes from outside its part, or which position lies outside its table.
+[[noreturn]] void refuse_rows(const char* op, const std::vector<std::string>& names, const PackParams& p) {
+  for (int64_t t = 0; t < p.rows; ++t) {
+    const int m = p.modality[t];
+    check(m < p.parts, op, ": modality[", t, "] is ", m, "; expected less than ", p.parts);
+    const PackPart& part = p.part[m];
+    check(p.source[t] >= part.first && p.source[t] < part.first + part.rows, op, ": source[", t, "] is ",
+          p.source[t], ", outside part ", names[m]);
+    for (int i = 0; i < part.tables; ++i) {
+      const int32_t n = p.position[t * p.axes + i];
+      check(n >= 0 && n < part.table_rows[i], op, ": position_embedding[", names[m], "]: position ", n,
+            " of row ", p.source[t] - part.first, " on axis ", i, " is outside the table of ",
+            part.table_rows[i], " rows; use a longer table or smaller positions");
+    }
+  }
+  fail(op, ": source, modality or position changed during the call");
+}
+
+// Runs a kernel after a look at what its rows name.
+template <class Kernel>
+void run(const char* op, const std::vector<std::string>& names, PackParams& p, Kernel kernel) {
+  set_threads(p, p.rows * p.dim * size_of(p.dtype));
+  bool valid = true;
+  {
+    py::gil_scoped_release nogil;
+    check_rows({&p, &valid});
+    if (valid) kernel(p);
+  }
+  if (!valid) refuse_rows(op, names, p);
 }
 
 // written: bytes of all outputs of the call that this is part of, 0: of this one.
@@ -145,9 +180,7 @@ void bind_packing(py::module_& m) {
     PackParams p = packing::forward_params(
         tokens, {source, modality, position, type, weight, bias, tables, table_first, names, norm}, eps, x,
         mean, rstd);
-    set_threads(p, p.rows * p.dim * size_of(p.dtype));
-    py::gil_scoped_release nogil;
-    pack_forward(p);
+    run("pack", names, p, pack_forward);
   });
   m.def("pack_backward",
         [](const TensorView& dx, const Views& tokens, const TensorView& source, const TensorView& modality,
@@ -159,9 +192,7 @@ void bind_packing(py::module_& m) {
           PackParams p = packing::backward_params(
               dx, tokens, {source, modality, position, type, weight, bias, tables, table_first, names, norm},
               mean, rstd, {dtokens, dtype_embedding, dtables, dweight, dbias}, sizes);
-          set_threads(p, p.rows * p.dim * size_of(p.dtype));
-          py::gil_scoped_release nogil;
-          pack_backward(p);
+          run("pack_backward", names, p, pack_backward);
         });
   m.def("pack_layout", &pack_layout);
   m.def("gather_rows", [](const Views& xs, const TensorView& index, double value, const TensorView& out) {

@@ -36,25 +36,6 @@ struct PackArguments {
   int norm;
 };
 
-// What the host can read: no row of x comes from outside its part, no position lies outside its table.
-inline void check_values(const char* op, const PackArguments& a, const PackParams& p) {
-  for (int64_t t = 0; t < p.rows; ++t) {
-    // Comparisons alone: a call of check() for every row takes longer than packing it.
-    const int m = p.modality[t];
-    if (m >= p.parts) fail(op, ": modality[", t, "] is ", m, "; expected less than ", p.parts);
-    const PackPart& part = p.part[m];
-    if (p.source[t] < part.first || p.source[t] >= part.first + part.rows)
-      fail(op, ": source[", t, "] is ", p.source[t], ", outside part ", a.names[m]);
-    for (int i = 0; i < part.tables; ++i) {
-      const int32_t n = p.position[t * p.axes + i];
-      if (n < 0 || n >= part.table_rows[i])
-        fail(op, ": position_embedding[", a.names[m], "]: position ", n, " of row ", p.source[t] - part.first,
-             " on axis ", i, " is outside the table of ", part.table_rows[i],
-             " rows; use a longer table or smaller positions");
-    }
-  }
-}
-
 // What forward and backward share: everything but tokens, x and gradients.
 inline PackParams shared_params(const char* op, const PackArguments& a, DType dtype, int64_t rows,
                                 int64_t dim, const std::vector<int64_t>& sizes) {
@@ -120,7 +101,6 @@ inline PackParams shared_params(const char* op, const PackArguments& a, DType dt
     }
   }
   check(first == rows, op, ": the parts have ", first, " rows, source has ", rows);
-  if (kHostReads) check_values(op, a, p);
   return p;
 }
 

@@ -21,7 +21,7 @@ MMFAST_INLINE vf first_lanes(vf v, int n) {
 
 // A row passes three stages: its sum, its variance about the mean, its output. One loop over the columns does
 // them for three neighbouring rows: loads and stores then mix evenly, and no row waits for a sum over lanes.
-template <typename T, typename P, bool kStream>
+template <typename T, typename P, bool kStream, Norm kNorm>
 class Forward {
  public:
   Forward(const PackParams& p, const Constants& c, float* scratch) : p_(p), c_(c), scratch_(scratch) {}
@@ -29,7 +29,7 @@ class Forward {
   static int64_t scratch_size(int64_t dim) { return 4 * padded(dim); }
 
   void run(int64_t begin, int64_t end) {
-    if (p_.norm == Norm::none) {
+    if (kNorm == Norm::none) {
       for (int64_t t = begin; t < end; ++t) {
         T* out = this->out(t);
         Row<T, P>(p_, c_, t).for_each_sum(
@@ -45,6 +45,8 @@ class Forward {
   }
 
  private:
+  static constexpr bool kLayer = kNorm == Norm::layer;
+
   const PackParams& p_;
   const Constants& c_;
   float* scratch_;                    // three rows, and one for what is not wanted
@@ -55,7 +57,7 @@ class Forward {
   Row<T, P> ahead(int64_t t, int64_t end) const {
     return Row<T, P>(p_, c_, row_ahead<kStream>(t, end, p_.dim * int64_t(sizeof(T))));
   }
-  float mean(int64_t t) const { return p_.norm == Norm::layer ? sum_[t % 3] / float(p_.dim) : 0.0f; }
+  float mean(int64_t t) const { return kLayer ? sum_[t % 3] / float(p_.dim) : 0.0f; }
 
   // The first stage of row t, the second of the row before, the third of the one before that.
   void add(int64_t t, int64_t begin, int64_t end) {
@@ -65,12 +67,11 @@ class Forward {
     T* out = t - 2 < begin ? reinterpret_cast<T*>(scratch_ + 3 * c_.stride) : this->out(t - 2);
     const float centre = mean(second), mean = this->mean(third), rstd = rstd_[third % 3];
     const float *weight = c_.weight, *bias = c_.bias;
-    const bool layer = p_.norm == Norm::layer;
     Four total, squares;
     Row<T, P>(p_, c_, t).for_each_sum(
         0, p_.dim, ahead(t, end), [&](auto count, int64_t i, int n, const vf* v) MMFAST_INLINE_LAMBDA {
           for (int k = 0; k < count.value; ++k) store(row + i + k * kLanes, v[k]);
-          if (layer) {
+          if (kLayer) {
             for (int k = 0; k < count.value; ++k) {
               const vf c = first_lanes(load(centred + i + k * kLanes) - centre, n);
               total.v[k] += v[k];
@@ -92,9 +93,8 @@ class Forward {
 
   // The statistics of a row. Two passes: the sum of squares alone loses digits where the mean is large.
   __attribute__((always_inline)) void keep(int64_t t, const Four& squares) {
-    const bool layer = p_.norm == Norm::layer;
-    if (layer) p_.mean[t] = mean(t);
-    const float variance = (layer ? squares.total() : sum_[t % 3]) / float(p_.dim);
+    if (kLayer) p_.mean[t] = mean(t);
+    const float variance = (kLayer ? squares.total() : sum_[t % 3]) / float(p_.dim);
     rstd_[t % 3] = p_.rstd[t] = 1.0f / std::sqrt(variance + p_.eps);
   }
 
@@ -119,22 +119,42 @@ class Forward {
   }
 };
 
-template <typename T, typename P, bool kStream>
+template <typename T, typename P, bool kStream, Norm kNorm>
 void forward(const PackParams& p) {
   const Constants constants(p, static_cast<const P*>(nullptr));
-  const Scratch scratch(p.threads, Forward<T, P, kStream>::scratch_size(p.dim));
+  const Scratch scratch(p.threads, Forward<T, P, kStream, kNorm>::scratch_size(p.dim));
 #pragma omp parallel num_threads(p.threads)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    Forward<T, P, kStream> rows(p, constants, scratch.of(thread));
+    Forward<T, P, kStream, kNorm> rows(p, constants, scratch.of(thread));
     rows.run(p.rows * thread / threads, p.rows * (thread + 1) / threads);
     if (kStream) stream_fence();
   }
 }
 
+template <typename T, typename P, bool kStream>
+void forward(const PackParams& p) {
+  if (p.norm == Norm::none) return forward<T, P, kStream, Norm::none>(p);
+  if (p.norm == Norm::rms) return forward<T, P, kStream, Norm::rms>(p);
+  forward<T, P, kStream, Norm::layer>(p);
+}
+
 template <typename T, typename P>
 void forward(const PackParams& p) {
   p.stream&& can_stream(p.x, p.dim * int64_t(sizeof(T))) ? forward<T, P, true>(p) : forward<T, P, false>(p);
+}
+
+bool valid_rows(const PackParams& p, int64_t begin, int64_t end) {
+  bool valid = true;
+  for (int64_t t = begin; t < end; ++t) {
+    const int m = p.modality[t];
+    if (m >= p.parts) return false;
+    const PackPart& part = p.part[m];
+    valid &= uint64_t(p.source[t]) - uint64_t(part.first) < uint64_t(part.rows);
+    for (int a = 0; a < part.tables; ++a)
+      valid &= uint64_t(int64_t(p.position[t * p.axes + a])) < uint64_t(part.table_rows[a]);
+  }
+  return valid;
 }
 
 template <bool kStream>
@@ -171,6 +191,15 @@ void pack_forward(const PackParams& p) {
   if (p.dtype == DType::f32) return forward<float, float>(p);
   if (p.param_dtype == DType::f32) return forward<bf16, float>(p);
   forward<bf16, bf16>(p);
+}
+void check_rows(const PackRowsParams& p) {
+  bool valid = true;
+#pragma omp parallel num_threads(p.pack->threads) reduction(&& : valid)
+  {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), rows = p.pack->rows;
+    valid = valid_rows(*p.pack, rows * thread / threads, rows * (thread + 1) / threads);
+  }
+  *p.valid = valid;
 }
 void gather_rows(const GatherParams& p) {
   p.stream&& can_stream(p.out, p.bytes) ? gather<true>(p) : gather<false>(p);

@@ -69,13 +69,25 @@ struct Row {
   template <typename Body>
   __attribute__((always_inline)) void for_each_sum(int64_t begin, int64_t end, const Row& ahead,
                                                    Body body) const {
+    if (type && tables == 1 && ahead.tables == 1)
+      for_each_sum_of<true>(begin, end, ahead, body);
+    else
+      for_each_sum_of<false>(begin, end, ahead, body);
+  }
+
+ private:
+  // kUsual: there is a type and one table, so that the loop need not ask.
+  template <bool kUsual, typename Body>
+  __attribute__((always_inline)) void for_each_sum_of(int64_t begin, int64_t end, const Row& ahead,
+                                                      Body body) const {
+    const int tables = kUsual ? 1 : this->tables, tables_ahead = kUsual ? 1 : ahead.tables;
     int64_t i = begin;
     for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
       vf v[4];
       for (int k = 0; k < 4; ++k) v[k] = load(tokens + i + k * kLanes);
       prefetch(ahead.tokens + i);
-      for (int a = 0; a < ahead.tables; ++a) prefetch(ahead.table[a] + i);
-      if (type)
+      for (int a = 0; a < tables_ahead; ++a) prefetch(ahead.table[a] + i);
+      if (kUsual || type)
         for (int k = 0; k < 4; ++k) v[k] += load(type + i + k * kLanes);
       for (int a = 0; a < tables; ++a)
         for (int k = 0; k < 4; ++k) v[k] += load(table[a] + i + k * kLanes);

@@ -89,12 +89,12 @@ def check_parts(parts: Mapping[str, Part]) -> None:
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or not tokens.is_floating_point():
             got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ValueError(f"pack: tokens of {name!r} must be a float tensor [Tm, D], got {got}")
-        for what in ("dtype", "device"):
-            if getattr(tokens, what) != getattr(first.tokens, what):
-                raise ValueError(
-                    f"pack: {what} of {name!r} is {getattr(tokens, what)}, of {first_name!r} "
-                    f"{getattr(first.tokens, what)}; convert one of them"
-                )
+        if tokens.dtype != first.tokens.dtype or tokens.device != first.tokens.device:
+            what = "dtype" if tokens.dtype != first.tokens.dtype else "device"
+            raise ValueError(
+                f"pack: {what} of {name!r} is {getattr(tokens, what)}, of {first_name!r} "
+                f"{getattr(first.tokens, what)}; convert one of them"
+            )
         if tokens.shape[1] != first.tokens.shape[1]:
             raise ValueError(
                 f"pack: {name!r} has D = {tokens.shape[1]}, {first_name!r} has {first.tokens.shape[1]}; "
@@ -160,11 +160,9 @@ def _rows_cpu(lengths: Sequence[Tensor], sizes: Sequence[int], order: Order | No
     if not all(type(t) is Tensor and t.is_cpu for t in tensors):
         return None
     batch = lengths[0].shape[0] if order is None else order.samples.shape[0]
-    shapes = (
-        (batch + 1, torch.int32),
-        *((sum(sizes), d) for d in (torch.int64, torch.int32, torch.uint8, torch.int32)),
-    )
-    rows = tuple(torch.empty(n, dtype=dtype) for n, dtype in shapes)
+    total = sum(sizes)
+    rows = [torch.empty(total, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.uint8, torch.int32)]
+    rows = (torch.empty(batch + 1, dtype=torch.int32), *rows)
     lengths = [(x if x.dtype == torch.int32 else x.to(torch.int64)).contiguous() for x in lengths]
     orders = (None, None, None) if order is None else tuple(t.contiguous() for t in order)
     return rows if _native.cpu().pack_layout(lengths, sizes, *orders, *rows) else None

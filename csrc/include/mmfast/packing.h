@@ -48,6 +48,12 @@ struct PackParams {
   int threads;            // CPU
 };
 
+// Sets *valid to whether every row of x names a part, a row of it, and positions inside the part's tables.
+struct PackRowsParams {
+  const PackParams* pack;
+  bool* valid;
+};
+
 // Consecutive rows of the concatenation that a gather reads from.
 struct GatherSource {
   const char* x;   // rows of `bytes` bytes
