@@ -9,7 +9,7 @@
 
 namespace mmfast {
 
-constexpr int64_t kEnoughItems = 16;  // from here on every sample is one item per head
+constexpr int64_t kEnoughItems = 16;  // from here on no smaller ones are made
 constexpr int64_t kMaxParts = 8;      // bounds the private dQ of split samples
 
 struct AttentionPlan {
@@ -27,8 +27,15 @@ inline void sort_items(AttentionPlan& plan, const LayoutView& other) {
 
 inline AttentionPlan plan_forward(const AttentionParams& p) {
   const int64_t group = p.heads / p.heads_k;
-  // A multiple of the kernels' blocks. Each item packs its keys again, which many rows must pay for.
-  const int64_t most = p.layout_q.batch * p.heads_k < kEnoughItems ? 192 : 768;
+  // Rows of an item, a multiple of the kernels' blocks. Each item packs its keys again, which many rows must
+  // pay for.
+  int64_t most = 768;
+  auto items = [&] {
+    int64_t count = 0;
+    for (int64_t b = 0; b < p.layout_q.batch; ++b) count += (p.layout_q.length(b) * group + most - 1) / most;
+    return count * p.heads_k;
+  };
+  while (most > 192 && items() < kEnoughItems) most /= 2;
   AttentionPlan plan;
   for (int64_t b = 0; b < p.layout_q.batch; ++b) {
     const int64_t rows = p.layout_q.length(b) * group;
