@@ -55,7 +55,7 @@ bool pack_layout(const std::vector<TensorView>& lengths, const std::vector<int64
     const int64_t from = begin[first_item[p] + i], n = begin[first_item[p] + i + 1] - from;
     int64_t* source_of = source.ptr<int64_t>() + row;
     int32_t *place_of = place.ptr<int32_t>() + row, *slot_of = slot.ptr<int32_t>() + row;
-    std::memset(modality.ptr<uint8_t>() + row, int(p), size_t(n));
+    std::fill_n(modality.ptr<uint8_t>() + row, n, uint8_t(p));
     for (int64_t k = 0, number = slots; k < n; ++k) {
       source_of[k] = from + k;
       place_of[k] = int32_t(k);
