@@ -81,7 +81,7 @@ asan: $(VENV)/.environment
 	cd build/asan/package && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  PYTHONPATH=. $(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" \
-	  tests/test_attention*.py tests/test_packing.py tests/test_rotary.py tests/test_perturbation.py tests/test_contrastive.py
+	  tests/test_attention*.py tests/test_packing*.py tests/test_rotary.py tests/test_perturbation.py tests/test_contrastive.py
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)/.built mmfast/_cpu*.so mmfast/_cuda*.so

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     "attention": ("test_attention_masks.py", "test_attention_few_queries.py", "test_attention.py"),
     "rotary": ("test_rotary.py",),
-    "packing": ("test_packing.py",),
+    "packing": ("test_packing.py", "test_packing_rows.py", "test_packing_errors.py"),
     "perturbation": ("test_perturbation.py",),
     "contrastive": ("test_contrastive.py",),
     "cuda_packing": ("test_cuda_packing.py",),

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from cuda_cases import DEVICE, DTYPES, cuda_kernels, cuda_module, needs_cuda  # noqa: F401
-from test_packing import batch, check_float16_fill, convert, leaves_of, part
+from test_packing import batch, convert, leaves_of
+from test_packing_errors import part
+from test_packing_rows import check_float16_fill
 
 from mmfast import LayerNorm, Layout, Part, RMSNorm, _native, from_padded, pack, to_padded, unpack
 from mmfast.ops import _pack_layout, _pack_op, packing

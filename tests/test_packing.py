@@ -1,6 +1,5 @@
-"""mmfast.pack, unpack, to_padded and from_padded against the float64 oracle and plain loops over samples."""
+"""mmfast.pack against the float64 oracle and plain loops over samples."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmfast
-from mmfast import LayerNorm, Layout, Order, Part, RMSNorm, _native, from_padded, pack, to_padded, unpack
+from mmfast import LayerNorm, Order, Part, RMSNorm, _native, pack, to_padded, unpack
 from mmfast.ops._pack_op import _pack, _pack_backward
-from mmfast.reference import packing as reference
 from mmfast.testing.numeric import EDGE_LENGTHS, assert_close_to_oracle, poisoned_empty
 
 needs_cpu = pytest.mark.skipif(_native.cpu_refusal is not None, reason=str(_native.cpu_refusal))
@@ -153,17 +151,6 @@ def test_streaming_stores_are_bit_equal(dtype):
     found = [run(*piece) for piece in zip(tokens.split(rows // pieces), grad.split(rows // pieces))]
     for whole, split in zip(run(tokens, grad), zip(*found)):
         assert torch.equal(whole, torch.cat(split))
-
-
-@needs_cpu
-def test_unpack_of_more_than_the_cache():
-    """Together the parts are larger than the cache, one alone is not."""
-    dim = 1024
-    rows = _native.cpu().streamed_bytes() // (4 * dim) * 3 // 4
-    _, layout = pack({name: (torch.zeros(rows, 1), [rows]) for name in "ab"}, backend="reference")
-    x = torch.randn(2 * rows, dim)
-    for m, part in enumerate(unpack(x, layout, backend="cpu").values()):
-        assert torch.equal(part, x[layout.modality == m])
 
 
 @needs_cpu
@@ -379,93 +366,6 @@ def test_large_outputs_reuse_memory():
     _native._kept.clear()
 
 
-# Back to parts and padding
-
-
-@needs_cpu
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool],
-)
-@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5), (16,)])
-def test_rows_of_any_dtype(dtype, shape):
-    layout = Layout.from_lengths([3, 0, 5, 1])
-    x = (torch.randn(9, *shape) * 3).abs().to(dtype)
-    padded = to_padded(x, layout, value=1.0)
-    assert padded.shape == (4, 5, *shape) and padded.dtype == dtype
-    for b, (begin, end) in enumerate([(0, 3), (3, 3), (3, 8), (8, 9)]):
-        assert torch.equal(padded[b, : end - begin], x[begin:end])
-        assert torch.equal(padded[b, end - begin :], torch.ones_like(padded[b, end - begin :]))
-    assert torch.equal(from_padded(padded, layout), x)
-    both = dataclasses.replace(layout, source=torch.randperm(9), sizes=(4, 5), names=("a", "b"))
-    parts = unpack(x, both)
-    assert torch.equal(torch.cat([parts["a"], parts["b"]])[both.source], x)
-
-
-@needs_cpu
-def test_padding_outside_the_layout():
-    """Rows outside the layout may hold NaN; they are zero in outputs and in gradients."""
-    layout = Layout(
-        torch.tensor([1, 4, 4, 9], dtype=torch.int32),
-        seqused=torch.tensor([2, 0, 5], dtype=torch.int32),
-        modality=torch.zeros(11, dtype=torch.uint8),
-    )
-    x = torch.randn(11, 6)
-    x[[0, 3, 9, 10]] = float("nan")
-    x.requires_grad_()
-    padded = to_padded(x, layout, length=7)
-    assert not padded.isnan().any() and torch.equal(padded[0, :2], x[1:3]) and torch.equal(padded[2, :5], x[4:9])
-    (grad,) = torch.autograd.grad(padded.sum(), x)
-    assert grad[:, 0].tolist() == [0, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0]
-    full = torch.full((3, 7, 6), float("nan"))
-    for b, n in enumerate([2, 0, 5]):
-        full[b, :n] = torch.randn(n, 6)
-    full.requires_grad_()
-    packed = from_padded(full, layout)
-    assert packed.shape == (11, 6) and not packed.isnan().any() and not packed[[0, 3, 9, 10]].any()
-    (grad,) = torch.autograd.grad(packed.sum(), full)
-    assert grad.sum() == 7 * 6
-    assert torch.equal(to_padded(packed, layout, length=7), full.nan_to_num(0.0))
-
-
-def check_float16_fill(backend, device="cpu"):
-    layout, x = Layout.from_lengths([1, 0]).to(device), torch.zeros(1, 3, dtype=torch.float16, device=device)
-    for value in (-1e-7, 6e-8, 2e-8, 3.05e-5, 0.1, -3.3, 2049.0, 2051.0, 65519.0, 65520.0, -1e9, -torch.inf, torch.nan):
-        padded = to_padded(x, layout, length=1, value=value, backend=backend)
-        want = torch.full((3,), value).half()
-        assert torch.equal(padded[1, 0].cpu().nan_to_num(7.0), want.nan_to_num(7.0)), value
-
-
-@needs_cpu
-def test_float16_is_filled_with_the_nearest():
-    check_float16_fill("cpu")
-
-
-@needs_cpu
-def test_rows_differentiate_twice():
-    layout = Layout.from_lengths([3, 0, 2])
-    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    for function in (
-        lambda x: to_padded(x, layout).square(),
-        lambda x: from_padded(to_padded(x, layout).square(), layout),
-        lambda x: unpack(x, pack({"a": (x, [3, 2])})[1])["a"].square(),
-    ):
-        assert torch.autograd.gradcheck(function, x)
-        assert torch.autograd.gradgradcheck(function, x)
-
-
-@needs_cpu
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_rows_backends_agree(backend):
-    parts, _ = batch(dim=10)
-    x, layout = pack(parts, backend=backend)
-    parts_back = unpack(x, layout, backend=backend)
-    assert all(torch.equal(parts_back[n], p[0]) for n, p in parts.items())
-    padded = to_padded(x, layout, value=-1.5, backend=backend)
-    assert torch.equal(padded, to_padded(x, layout, value=-1.5, backend="cpu"))
-    assert torch.equal(from_padded(padded, layout, backend=backend), x)
-
-
 # Torch around it
 
 
@@ -577,130 +477,6 @@ def test_torch_modules_as_norm(backend):
         torch.testing.assert_close(x, module(plain), rtol=1e-5, atol=1e-5)
 
 
-# Errors
-
-
-def part(rows=4, dim=8, lengths=(4,), positions=None, dtype=torch.float32):
-    return Part(torch.zeros(rows, dim, dtype=dtype), torch.tensor(lengths, dtype=torch.int32), positions)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: pack({}), "got 0 parts"),
-        (lambda: pack({f"m{i}": part() for i in range(17)}), "got 17 parts; expected 1 to 16"),
-        (lambda: pack({"a": Part(torch.zeros(4), [4])}), r"tokens of 'a' must be a float tensor \[Tm, D\]"),
-        (lambda: pack({"a": part(), "b": part(dim=9)}), "'b' has D = 9, 'a' has 8"),
-        (lambda: pack({"a": part(), "b": part(dtype=torch.bfloat16)}), "dtype of 'b' is torch.bfloat16"),
-        (lambda: pack({"a": part(lengths=(3,))}), "'a' add up to 3, but its tokens have 4 rows"),
-        (lambda: pack({"a": part(lengths=(-1, 5))}), "item_lengths of 'a' holds -1"),
-        (lambda: pack({"a": Part(torch.zeros(4, 8), torch.tensor([4.0]))}), "item_lengths of 'a' must be int32"),
-        (lambda: pack({"a": part(), "b": part(lengths=(2, 2))}), "one item per sample.*a 1, b 2"),
-        (lambda: pack({"a": part(positions=torch.zeros(3, 1, dtype=torch.int32))}), "positions of 'a' must be int32"),
-        (lambda: pack({"a": part()}, type_embedding=torch.zeros(2, 8)), r"type_embedding must be a tensor \[1, 8\]"),
-        (lambda: pack({"a": part()}, position_embedding={"b": torch.zeros(9, 8)}), "names 'b', which is no part"),
-        (lambda: pack({"a": part()}, position_embedding={"a": torch.zeros(9, 7)}), r"must be a tensor \[N, 8\]"),
-        (lambda: pack({"a": part()}, position_embedding={"a": [torch.zeros(9, 8)] * 2}), "2 tables.*1 axes"),
-        (lambda: pack({"a": part()}, norm=torch.nn.LayerNorm(9)), r"norm is over \(9,\); expected \(8,\)"),
-        (lambda: pack({"a": part()}, norm=torch.nn.BatchNorm1d(8)), "norm is a BatchNorm1d"),
-        (lambda: pack({"a": part()}, norm=RMSNorm(torch.zeros(7))), r"norm's weight must be a tensor \[8\]"),
-        (lambda: pack({"a": part()}, backend="cuda7"), "expected one of"),
-        (lambda: Order.from_lists([[("b", 0)]], ["a"]), "no parts"),
-        (lambda: unpack(torch.zeros(4, 8), Layout.from_lengths([4])), "no source"),
-        (lambda: unpack(torch.zeros(5, 8), pack({"a": part()})[1]), r"x has shape \[5, 8\].*T = 4"),
-        (
-            lambda: unpack(torch.zeros(4, 8), dataclasses.replace(pack({"a": part()})[1], sizes=(3,))),
-            "sizes add up to 3, but x has 4 rows",
-        ),
-        (lambda: to_padded(torch.zeros(4, 8), Layout.from_lengths([4]), length=3), "has 4 rows.*length is 3"),
-        (lambda: from_padded(torch.zeros(2, 5, 8), Layout.from_lengths([4])), "B = 1"),
-        (lambda: from_padded(torch.zeros(1, 3, 8), Layout.from_lengths([4])), "has 4 rows.*length is 3"),
-    ],
-)
-def test_errors(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-@needs_cpu
-def test_rows_are_gathered_from_several_parts():
-    parts = [torch.randn(n, 5) for n in (3, 0, 4, 1)]
-    index = torch.tensor([7, 0, 3, 2, 6, -1, 4, 1, 5, 2])
-    wanted = torch.cat(parts)[index] * (index >= 0)[:, None]
-    assert torch.equal(torch.ops.mmfast.gather_rows.default(parts, index, 0.0, "cpu"), wanted)
-
-
-@needs_cpu
-def test_kernels_refuse_rows_outside():
-    """What would read or write out of bounds is refused below the public functions too."""
-    gather, scatter = torch.ops.mmfast.gather_rows.default, torch.ops.mmfast.scatter_rows.default
-    x, index = torch.zeros(4, 8), torch.tensor([0, 9])
-    with pytest.raises(ValueError, match=r"index\[1\] is 9, but x has 8 rows"):
-        gather([x, x], index, 0.0, "cpu")
-    with pytest.raises(ValueError, match=r"index\[1\] is 9, but the output has 5 rows"):
-        scatter(x[:2], index, [2, 3], "cpu")
-    with pytest.raises(ValueError, match="x and out have different rows"):
-        gather([x, torch.zeros(4, 7)], torch.tensor([0, 5]), 0.0, "cpu")
-    part = torch.zeros(2, dtype=torch.uint8)
-    for source, modality, message in (
-        ([0, 2], part, r"source\[1\] is 2, outside part a"),
-        ([-1, 0], part, r"source\[0\] is -1"),
-        ([0, 1], part + 1, r"modality\[0\] is 1; expected less than 1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            _pack([x[:2]], torch.tensor(source), modality, None, None, [], [0, 0], ["a"], 0, None, None, 0.0, "cpu")
-
-
-@needs_cpu
-def test_position_outside_its_table():
-    for value in (9, -1):
-        positions = torch.tensor([[0], [8], [value], [1]], dtype=torch.int32)
-        with pytest.raises(ValueError, match=rf"position_embedding\[a\]: position {value} of row 2 on axis 0.*9 rows"):
-            pack({"a": part(positions=positions)}, position_embedding={"a": torch.zeros(9, 8)}, backend="cpu")
-
-
-@needs_cpu
-def test_last_position_outside_its_table():
-    """Rows shared by threads, and a second axis: every row's positions are looked at."""
-    positions = torch.zeros(5000, 2, dtype=torch.int32)
-    positions[-1, 1] = 9
-    tables = [torch.zeros(20, 64), torch.zeros(9, 64)]
-    with pytest.raises(ValueError, match=r"position_embedding\[a\]: position 9 of row 4999 on axis 1.*9 rows"):
-        pack({"a": (torch.zeros(5000, 64), [5000], positions)}, position_embedding={"a": tables}, backend="cpu")
-
-
-@pytest.mark.parametrize(
-    ("order", "message"),
-    [
-        ([[("a", 0), ("b", 0)]], "order names 2 parts.*3 items"),
-        ([[("a", 0), ("b", 0), ("b", 0)]], "uses item 1 of 'b' 0 times|uses item 0 of 'b' 2 times"),
-        ([[("a", 0), ("b", 0), ("b", 2)]], "names item 2 of 'b', which has 2 items"),
-        ([[("a", 0), ("a", 1), ("b", 1)]], "names item 1 of 'a', which has 1 items"),
-    ],
-)
-def test_order_errors(order, message):
-    parts = {"a": part(), "b": part(lengths=(2, 2))}
-    with pytest.raises(ValueError, match=message):
-        pack(parts, order=Order.from_lists(order, ["a", "b"]))
-
-
-def test_order_whose_samples_leave_items_out():
-    order = Order.from_lists([[("a", 0), ("b", 0)], [("b", 1)]], ["a", "b"])
-    parts = {"a": part(), "b": part(lengths=(2, 2))}
-    for samples, total in (([2, 0], 2), ([2, 2], 4), ([-1, 4], 3)):
-        wrong = order._replace(samples=torch.tensor(samples, dtype=torch.int32))
-        with pytest.raises(ValueError, match=f"order.samples add up to {total}; expected 3"):
-            pack(parts, order=wrong)
-
-
 def test_exports():
     for name in ("Part", "Order", "pack", "unpack", "to_padded", "from_padded", "LayerNorm", "RMSNorm"):
         assert name in mmfast.__all__ and hasattr(mmfast, name)
-
-
-def test_reference_rows():
-    x = torch.randn(3, 2)
-    assert torch.equal(reference.gather_rows(x, torch.tensor([1, -1]), 4.0), torch.stack([x[1], torch.full((2,), 4.0)]))
-    assert torch.equal(
-        reference.scatter_rows(x, torch.tensor([3, -1, 0]), 4)[[3, 0, 1]], torch.stack([x[0], x[2], x[0] * 0])
-    )

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_packing import batch, convert, leaves_of, part
+from test_packing import batch, convert, leaves_of
+from test_packing_errors import part
 from triton_cases import DEVICE, DTYPES, needs_triton
 
 from mmfast import (
