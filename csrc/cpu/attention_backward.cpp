@@ -171,26 +171,23 @@ struct Backward {
     std::memset(w.started, 1, rows / kRows + 1);
   }
 
-  int64_t few_keys() const {
-    const int64_t all = item.end - item.begin, chunks = (all + kFewKeys - 1) / kFewKeys;
-    return round_up((all + chunks - 1) / chunks, Units::kPack);
-  }
+  int64_t few_keys() const { return even_chunk(item.end - item.begin, kFewKeys, Units::kPack); }
 
-  void add_keys(Lines& lines, const HeadsView& x, int64_t key, int64_t n) const {
-    const Rows<T> rows = rows_of<T>(x, k0 + key, head_k);
-    for (int64_t i = 0; i < n && key + i < item.end; ++i) lines.add(rows.data + i * rows.stride, p.dim);
+  // Up to n rows of the item from `key` on.
+  void add_rows(Lines& lines, const HeadsView& x, int64_t key, int64_t n) const {
+    lines.add(rows_of<T>(x, k0 + key, head_k), n < item.end - key ? n : item.end - key, p.dim);
   }
 
   void few_chunk(int64_t key, int n, int rows, const Backward& next) {
     const bool first = key == item.begin;
     const Rows<T> k = rows_of<T>(p.k, k0 + key, head_k), v = rows_of<T>(p.v, k0 + key, head_k);
     Lines values(w.lines_of_values), later(w.lines_of_keys);
-    add_keys(values, p.v, key, n);
+    add_rows(values, p.v, key, n);
     values.end(units);
     if (key + n < item.end)
-      add_keys(later, p.k, key + n, n);
+      add_rows(later, p.k, key + n, n);
     else
-      next.add_keys(later, p.k, next.item.begin, next.few_keys());
+      next.add_rows(later, p.k, next.item.begin, next.few_keys());
     later.end(kFewKeys > units ? kFewKeys : units);
     for (int r = 0; r < rows; r += kPanel) {
       const int width = rows - r < kPanel ? rows - r : kPanel, groups = int(round_up(width, kGroup)) / kGroup;
@@ -256,7 +253,7 @@ struct Backward {
                      float* sums, const HeadsView& out) {
     const int64_t steps = (width + Units::kPack - 1) / Units::kPack;
     Lines lines(w.lines_of_values);
-    if (last) add_keys(lines, out, key, n);
+    if (last) add_rows(lines, out, key, n);
     lines.end(steps);
     for (int j = 0; j < n; j += kRows) {
       const int height = n - j < kRows ? n - j : kRows;

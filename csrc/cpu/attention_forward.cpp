@@ -16,7 +16,7 @@ constexpr int kBlockRows = 96;                  // their scores stay in the seco
 constexpr int kChunkPanels = 4;                 // keys between two rescalings: 256
 constexpr int kScores = kChunkPanels * kPanel;  // columns of a block's scores
 constexpr int64_t kPackedBytes = 512 * 1024;    // packed keys and values of an item at a time
-static_assert(kFewKeys * kPanel <= kBlockRows * kScores && kFewRows <= kScores);
+static_assert(kFewKeys * kPanel <= kBlockRows * kScores && kFewRows <= kScores && 2 * kPanel <= kFewKeys);
 using ForwardMask = BlockMask<kBlockRows, kChunkPanels>;
 
 template <class Units>
@@ -52,8 +52,7 @@ struct Buffers {
     bounds_set = arena.take<uint32_t>(panels);
     packed = arena.take<bool>(panels);
     mask = arena.take<ForwardMask>(1);
-    lines_of_keys =
-        arena.take<const char*>(room_of<Units>(2 * kPanel > kFewKeys ? 2 * kPanel : kFewKeys, dim));
+    lines_of_keys = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
     lines_of_values = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
   }
 };
@@ -201,9 +200,9 @@ struct Forward {
     add_rows(lines, p.v, key, kPanel);
   }
 
+  // Up to n keys or values from `key` on.
   void add_rows(Lines& lines, const HeadsView& x, int64_t key, int64_t n) const {
-    const Rows<T> rows = rows_of<T>(x, k0 + key, head_k);
-    for (int64_t i = 0; i < n && key + i < keys; ++i) lines.add(rows.data + i * rows.stride, p.dim);
+    lines.add(rows_of<T>(x, k0 + key, head_k), n < keys - key ? n : keys - key, p.dim);
   }
 
   bool keys_in_place() const {
@@ -267,9 +266,7 @@ struct Forward {
 
   // Keys between two rescalings of few queries.
   int64_t few_keys() const {
-    const int64_t limit = kFewKeys < capacity ? kFewKeys : capacity;
-    const int64_t chunks = (keys + limit - 1) / limit;
-    return chunks ? round_up((keys + chunks - 1) / chunks, Units::kPack) : 0;
+    return even_chunk(keys, kFewKeys < capacity ? kFewKeys : capacity, Units::kPack);
   }
 
   // Replaces the scores of the queries of one vector by weights, as units of the next product.

@@ -210,11 +210,13 @@ class Lines {
   explicit Lines(const char** room) : line_(room) {}
 
   template <class T>
-  void add(const T* row, int64_t dim) {
-    const auto begin = reinterpret_cast<uintptr_t>(row);
-    const uintptr_t end = begin + uintptr_t(dim) * sizeof(T);
-    for (uintptr_t line = begin & ~uintptr_t(63); line < end; line += 64)
-      line_[count_++] = reinterpret_cast<const char*>(line);
+  void add(const Rows<T>& rows, int64_t n, int64_t dim) {
+    for (int64_t r = 0; r < n; ++r) {
+      const auto begin = reinterpret_cast<uintptr_t>(rows.data + r * rows.stride);
+      const uintptr_t end = begin + uintptr_t(dim) * sizeof(T);
+      for (uintptr_t line = begin & ~uintptr_t(63); line < end; line += 64)
+        line_[count_++] = reinterpret_cast<const char*>(line);
+    }
   }
 
   // To be called after the last row; products have at most `most` steps.
@@ -335,8 +337,8 @@ void pack_transposed(Rows<T> rows, int n, int64_t dim, typename Units::Unit* out
       prefetch_row(rows.data + (j + i + kGroup) * rows.stride, dim);
       prefetch_row(next.data + (j + i) * next.stride, dim);
     }
-    pack_group<Units, T>([&](int i) { return rows.data + (j + i) * rows.stride; },
-                         n - j < kGroup ? n - j : kGroup, dim, out + j, scratch);
+    pack_panel<Units>(Rows<T>{rows.data + j * rows.stride, rows.stride}, n - j < kGroup ? n - j : kGroup, dim,
+                      out + j, scratch);
   }
 }
 

@@ -14,6 +14,12 @@ namespace {
 
 constexpr int kFewRows = 128;  // queries up to which keys are read in place, and scores are [keys][queries]
 constexpr int kFewKeys = 128;  // keys whose scores stay in the first-level cache then
+
+// Into as many chunks of at most `most` as n needs, all of about the same size, a multiple of `multiple`.
+inline int64_t even_chunk(int64_t n, int64_t most, int64_t multiple) {
+  const int64_t chunks = (n + most - 1) / most;
+  return chunks ? round_up((n + chunks - 1) / chunks, multiple) : 0;
+}
 // Room for the cache lines of that many rows, and for a product's steps behind the last.
 template <class Units>
 constexpr int64_t room_of(int64_t rows, int64_t dim) {
