@@ -11,7 +11,7 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -45,14 +45,15 @@ def wish(backend: str | None) -> str | None:
     return backend or _forced
 
 
-def choose(op: str, backend: str | None, refusals: dict[str, Callable[[], str | None]]) -> str:
+def choose(op: str, backend: str | None, refusals: Mapping[str, Callable[..., str | None]], *call) -> str:
     """The backend that runs `op`.
 
     Args:
         op: name for messages.
         backend: the caller's explicit choice, or None.
-        refusals: backend name to a function that returns None where it can run, else the reason why not; in order
-            of preference. `reference` needs no entry: it always runs.
+        refusals: backend name to a function of `call` that returns None where it can run, else the reason why not; in
+            order of preference. `reference` needs no entry: it always runs.
+        call: what the functions are asked about.
 
     Raises:
         ValueError: unknown backend name.
@@ -66,7 +67,7 @@ def choose(op: str, backend: str | None, refusals: dict[str, Callable[[], str | 
             raise ValueError(f"{op}: {source} is {wanted!r}; expected one of {', '.join(known)}")
         if wanted == "reference":
             return wanted
-        reason = refusals[wanted]() if wanted in refusals else f"{op} has no such implementation"
+        reason = refusals[wanted](*call) if wanted in refusals else f"{op} has no such implementation"
         if reason is not None:
             raise RuntimeError(f"{op}: backend {wanted!r} cannot run: {reason}")
         return wanted
@@ -74,7 +75,7 @@ def choose(op: str, backend: str | None, refusals: dict[str, Callable[[], str | 
     for name, refusal in refusals.items():
         if name in _ONLY_ASKED_FOR:
             continue
-        reason = refusal()
+        reason = refusal(*call)
         if reason is None and name == "triton" and interpreted:
             reason = 'interpreted kernels are slow and run only with backend="triton" or MMFAST_BACKEND=triton'
         if reason is None:
