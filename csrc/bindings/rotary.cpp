@@ -78,7 +78,6 @@ void rotary_binding(const std::vector<TensorView>& x, const std::vector<TensorVi
   p.axes = int(sections.size());
   for (int a = 0; a < p.axes; ++a) {
     check(sections[a] >= 0, op, ": sections must not be negative");
-    p.sections[a] = int(sections[a]);
     total += sections[a];
   }
   check(total == half, op, ": sections add up to ", total, "; expected D / 2 = ", half);
@@ -103,9 +102,12 @@ void rotary_binding(const std::vector<TensorView>& x, const std::vector<TensorVi
     }
   }
   p.inside = inside.data();
-  std::vector<double> frequency(static_cast<size_t>(half));
-  for (int64_t j = 0; j < half; ++j)
-    frequency[size_t(j)] = std::pow(base, -2.0 * double(j) / double(p.dim)) * (2 / 3.141592653589793);
+  std::vector<double> frequency(size_t(3 * half), 0.0);
+  for (int64_t j = 0, a = 0, end = sections[0]; j < half; ++j) {
+    while (j == end) end += sections[size_t(++a)];
+    frequency[size_t(a * half + j)] =
+        std::pow(base, -2.0 * double(j) / double(p.dim)) * (2 / 3.141592653589793);
+  }
   p.frequency = frequency.data();
   p.norm = norm;
   p.eps = float(eps);

@@ -105,8 +105,8 @@ class Backward {
       }
     }
     if (begin == end) return;
-    for_each_four(p_.dim,
-                  [&](auto count, int64_t j, int n) MMFAST_INLINE_LAMBDA { write(count, j, n, row_); });
+    for_each_group<4>(p_.dim,
+                      [&](auto count, int64_t j, int n) MMFAST_INLINE_LAMBDA { write(count, j, n, row_); });
     close(end - 1, begin, end, partial);
   }
 
@@ -139,7 +139,7 @@ class Backward {
   void copy(int64_t t) {
     const Target row = target(t);
     const T* dx = gradient(t);
-    for_each_four(p_.dim, [&](auto count, int64_t j, int n) MMFAST_INLINE_LAMBDA {
+    for_each_group<4>(p_.dim, [&](auto count, int64_t j, int n) MMFAST_INLINE_LAMBDA {
       vf v[count.value];
       for (int k = 0; k < count.value; ++k) v[k] = get(dx + j + k * kLanes, n);
       give(count, j, n, row, v);

@@ -14,34 +14,50 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-constexpr int64_t kAngles = 64;  // made at a time
+// A row's turn of a head: y[i] = x[i] cosine[i] + x[j] sine[i], j being the other column of i's pair. The
+// sign is in the sine.
+struct Turn {
+  float *cosine, *sine;  // [dim]
+};
 
-// cos and sin of frequency * position quarter turns. Reduced in double, so that positions of millions keep
-// float32 accuracy; Cephes' polynomials on what is left.
-MMFAST_INLINE void angles(const double* frequency, int32_t position, int64_t n, float* cosines,
-                          float* sines) {
+// Calls body(a, i, j) with the columns i and j of pair a.
+template <typename Body>
+MMFAST_INLINE void for_each_pair(int64_t dim, bool interleaved, Body body) {
+  const int64_t half = dim / 2;
+  if (interleaved)
+    for (int64_t a = 0; a < half; ++a) body(a, 2 * a, 2 * a + 1);
+  else
+    for (int64_t a = 0; a < half; ++a) body(a, a, half + a);
+}
+
+// The turn of row t. Angles are reduced in double, so that positions of millions keep float32 accuracy;
+// Cephes' polynomials on what is left. rest: [dim], memory to work in.
+template <bool kInverse>
+MMFAST_INLINE void turn_of_row(const RotaryParams& p, int64_t dim, int64_t t, float* rest, const Turn& out) {
   constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: rounds to an integer in the low bits
-  int32_t quadrants[kAngles];
-  for (int64_t first = 0; first < n; first += kAngles) {
-    const int64_t count = n - first < kAngles ? n - first : kAngles;
-    float *cosine = cosines + first, *sine = sines + first;
-    for (int64_t j = 0; j < count; ++j) {
-      const double turns = position * frequency[first + j], shifted = turns + kMagic;
-      int64_t bits;
-      std::memcpy(&bits, &shifted, 8);
-      quadrants[j] = int32_t(bits);
-      sine[j] = float(turns - (shifted - kMagic));
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      const int32_t quadrant = quadrants[j];
-      const float a = sine[j] * 1.57079633f, z = a * a;
-      const float s = ((-1.9515296e-4f * z + 8.3321609e-3f) * z - 1.6666655e-1f) * z * a + a;
-      const float c = ((2.4433157e-5f * z - 1.3887316e-3f) * z + 4.1666646e-2f) * z * z - 0.5f * z + 1.0f;
-      const float x = quadrant & 1 ? c : s, y = quadrant & 1 ? s : c;
-      sine[j] = quadrant & 2 ? -x : x;
-      cosine[j] = (quadrant + 1) & 2 ? -y : y;
-    }
+  const int64_t half = dim / 2;
+  double position[3] = {};
+  for (int a = 0; a < p.axes; ++a) position[a] = p.position[t * p.axes + a];
+  int32_t* quadrants = reinterpret_cast<int32_t*>(rest + half);
+  for (int64_t j = 0; j < half; ++j) {
+    const double* f = p.frequency + j;
+    const double turns = position[0] * f[0] + position[1] * f[half] + position[2] * f[2 * half];
+    const double shifted = turns + kMagic;
+    int64_t bits;
+    std::memcpy(&bits, &shifted, 8);
+    quadrants[j] = int32_t(bits);
+    rest[j] = float(turns - (shifted - kMagic));
   }
+  for_each_pair(dim, p.interleaved, [&](int64_t a, int64_t i, int64_t j) MMFAST_INLINE_LAMBDA {
+    const int32_t quadrant = quadrants[a];
+    const float x = rest[a] * 1.57079633f, z = x * x;
+    const float s = ((-1.9515296e-4f * z + 8.3321609e-3f) * z - 1.6666655e-1f) * z * x + x;
+    const float c = ((2.4433157e-5f * z - 1.3887316e-3f) * z + 4.1666646e-2f) * z * z - 0.5f * z + 1.0f;
+    const float sine = quadrant & 1 ? c : s, cosine = quadrant & 1 ? s : c;
+    out.cosine[i] = out.cosine[j] = (quadrant + 1) & 2 ? -cosine : cosine;
+    out.sine[j] = (quadrant & 2 ? -sine : sine) * (kInverse ? -1.0f : 1.0f);
+    out.sine[i] = -out.sine[j];
+  });
 }
 
 typedef uint64_t vl __attribute__((vector_size(MMFAST_VECTOR_BYTES)));
@@ -51,46 +67,34 @@ MMFAST_INLINE vf swap_pairs(vf v) {
   return (vf)((bits << 32) | (bits >> 32));
 }
 
-struct Angles {
-  float *cosines,
-      *sines;  // half-split: [dim / 2]; interleaved: [dim], each twice, sines with the sign of their lane
-};
-
-template <bool kInverse>
-MMFAST_INLINE void row_angles(const RotaryParams& p, int64_t t, float* scratch, const Angles& out) {
-  const int64_t half = p.dim / 2;
-  float* cosines = p.interleaved ? scratch : out.cosines;
-  float* sines = p.interleaved ? scratch + half : out.sines;
-  int64_t first = 0;
-  for (int a = 0; a < p.axes; ++a) {
-    angles(p.frequency + first, p.position[t * p.axes + a], p.sections[a], cosines + first, sines + first);
-    first += p.sections[a];
-  }
-  if (kInverse)
-    for (int64_t j = 0; j < half; ++j) sines[j] = -sines[j];
-  if (!p.interleaved) return;
-  for (int64_t j = 0; j < half; ++j) {
-    out.cosines[2 * j] = out.cosines[2 * j + 1] = cosines[j];
-    out.sines[2 * j] = -sines[j];
-    out.sines[2 * j + 1] = sines[j];
-  }
-}
-
-// y = R x, with x read by at(i, n) and y written by finish(i, n, v).
+// The turned head, x[i] read by at(i, n); finish(count, i, n, v) takes one or two vectors v from column i on.
 template <typename At, typename Finish>
-MMFAST_INLINE void rotate(const RotaryParams& p, int64_t dim, const Angles& angle, At at, Finish finish) {
-  if (p.interleaved) {
-    for_each_vector(dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
-      const vf x = at(i, n);
-      finish(i, n, x * load(angle.cosines + i) + swap_pairs(x) * load(angle.sines + i));
+MMFAST_INLINE void rotate(bool interleaved, int64_t dim, const Turn& turn, At at, Finish finish) {
+  auto turned = [&](int64_t i, vf x, vf other)
+                    MMFAST_INLINE_LAMBDA { return x * load(turn.cosine + i) + other * load(turn.sine + i); };
+  if (interleaved) {
+    for_each_group<2>(dim, [&](auto count, int64_t first, int n) MMFAST_INLINE_LAMBDA {
+      vf v[count.value];
+      for (int k = 0; k < count.value; ++k) {
+        const int64_t i = first + k * kLanes;
+        const vf x = at(i, n);
+        v[k] = turned(i, x, swap_pairs(x));
+      }
+      finish(count, first, n, v);
     });
     return;
   }
   const int64_t half = dim / 2;
-  for_each_vector(half, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
-    const vf x = at(i, n), y = at(half + i, n), c = load(angle.cosines + i), s = load(angle.sines + i);
-    finish(i, n, x * c - y * s);
-    finish(half + i, n, y * c + x * s);
+  for_each_group<2>(half, [&](auto count, int64_t first, int n) MMFAST_INLINE_LAMBDA {
+    vf low[count.value], high[count.value];
+    for (int k = 0; k < count.value; ++k) {
+      const int64_t i = first + k * kLanes, j = half + i;
+      const vf x = at(i, n), y = at(j, n);
+      low[k] = turned(i, x, y);
+      high[k] = turned(j, y, x);
+    }
+    finish(count, first, n, low);
+    finish(count, half + first, n, high);
   });
 }
 
@@ -109,129 +113,153 @@ struct Heads {
   __attribute__((always_inline)) void fetch_ahead(int h, int64_t dim) const {
     for (int64_t i = 0; i < dim; i += int64_t(64 / sizeof(T))) __builtin_prefetch(head(h) + ahead + i);
   }
+  // Calls body(Count<4>, h) for every four heads, then body(Count<1>, h) for the rest.
+  template <typename Body>
+  __attribute__((always_inline)) void for_each_four(Body body) const {
+    int h = 0;
+    for (; h + 4 <= count; h += 4) body(Count<4>(), h);
+    for (; h < count; ++h) body(Count<1>(), h);
+  }
 };
 
+// Lanes whose sum is that of the squares of x.
 template <typename T>
-MMFAST_INLINE float sum_of_squares(const T* x, int64_t dim) {
-  Four squares;
+MMFAST_INLINE vf squares_of(const T* x, int64_t dim) {
+  vf squares[2] = {};
   int64_t done = 0;
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(T) == 2) {
     for (; done + 2 * kLanes <= dim; done += 2 * kLanes) {
       __m512bh v;
       std::memcpy(&v, x + done, sizeof v);
-      squares.v[0] = (vf)_mm512_dpbf16_ps((__m512)squares.v[0], v, v);
+      squares[0] = (vf)_mm512_dpbf16_ps((__m512)squares[0], v, v);
     }
   }
 #endif
-  for_each_vector_in_four(dim - done, [&](int64_t i, int n, int k) MMFAST_INLINE_LAMBDA {
-    const vf v = get(x + done + i, n);
-    squares.v[k] += v * v;
+  for_each_group<2>(dim - done, [&](auto count, int64_t i, int n) MMFAST_INLINE_LAMBDA {
+    for (int k = 0; k < count.value; ++k) {
+      const vf v = get(x + done + i + k * kLanes, n);
+      squares[k] += v * v;
+    }
   });
-  return squares.total();
+  return squares[0] + squares[1];
 }
 
 template <typename T>
-MMFAST_INLINE void rstd_of(const RotaryParams& p, int64_t dim, const Heads<T>& heads, float* rstd) {
-  std::memset(rstd, 0, kGroup * sizeof(float));
-  for (int h = 0; h < heads.count; ++h) rstd[h] = sum_of_squares(heads.head(h), dim);
-  for (int h = 0; h < kGroup; ++h) rstd[h] = 1.0f / std::sqrt(rstd[h] / float(dim) + p.eps);
+MMFAST_INLINE void rstd_of(int64_t dim, float eps, const Heads<T>& heads, float* rstd) {
+  heads.for_each_four([&](auto four, int h) MMFAST_INLINE_LAMBDA {
+    vf squares[four.value];
+    for (int k = 0; k < four.value; ++k) squares[k] = squares_of(heads.head(h + k), dim);
+    float total[four.value];
+    sum_each(four, squares, total);
+    for (int k = 0; k < four.value; ++k) total[k] = 1.0f / std::sqrt(total[k] / float(dim) + eps);
+    std::memcpy(rstd + h, total, sizeof total);
+  });
 }
 
 template <typename T, bool kStream>
-MMFAST_INLINE void forward_heads(const RotaryParams& p, int64_t dim, const float* weight, const Angles& angle,
+MMFAST_INLINE void forward_heads(const RotaryParams& p, int64_t dim, bool norm, const Turn& turn,
                                  const Heads<T>& heads, T* out) {
   float rstd[kGroup];
-  if (p.norm) rstd_of(p, dim, heads, rstd);
+  if (norm) rstd_of(dim, p.eps, heads, rstd);
   for (int h = 0; h < heads.count; ++h, out += dim) {
     const T* x = heads.head(h);
+    const float factor = norm ? rstd[h] : 1.0f;
     heads.fetch_ahead(h, dim);
-    auto finish = [&](int64_t i, int n, vf v) MMFAST_INLINE_LAMBDA { set<kStream>(out + i, v, n); };
-    if (!p.norm) {
-      rotate(p, dim, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n); }, finish);
-      continue;
-    }
-    const float factor = rstd[h];
-    if (!weight)
-      rotate(
-          p, dim, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n) * factor; },
-          finish);
-    else
-      rotate(
-          p, dim, angle,
-          [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n) * factor * get(weight + i, n); },
-          finish);
+    rotate(
+        p.interleaved, dim, turn, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n); },
+        [&](auto count, int64_t i, int n, vf* v) MMFAST_INLINE_LAMBDA {
+          for (int k = 0; k < count.value; ++k) v[k] *= factor;
+          put_columns<kStream>(count, out + i, v, n);
+        });
   }
 }
 
-// scratch: [1 + kGroup, padded(dim)]; dweight: this chunk's partial sum, or null, to which the heads' sum is
-// added.
+// With g the gradient turned back, y = x rstd and w the norm's weight:
+//   dw += g y;  dx = (g w - y avg(g w y)) rstd.
+// scratch: [kGroup, padded(dim)]; dweight: this chunk's partial sum, to which the heads' sum is added.
 template <typename T, bool kStream>
-MMFAST_INLINE void backward_heads(const RotaryParams& p, int64_t dim, const float* weight,
-                                  const Angles& angle, const Heads<T>& heads, const Heads<T>& grads, T* out,
-                                  float* scratch, float* dweight) {
-  if (!p.norm) {
-    for (int h = 0; h < heads.count; ++h, out += dim) {
-      const T* grad = grads.head(h);
-      grads.fetch_ahead(h, dim);
-      rotate(
-          p, dim, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(grad + i, n); },
-          [&](int64_t i, int n, vf v) MMFAST_INLINE_LAMBDA { set<kStream>(out + i, v, n); });
-    }
-    return;
-  }
+MMFAST_INLINE void norm_backward_heads(const RotaryParams& p, int64_t dim, const float* weight,
+                                       const Turn& turn, const Heads<T>& heads, const Heads<T>& grads, T* out,
+                                       float* scratch, float* dweight) {
   float rstd[kGroup], mean[kGroup];
-  rstd_of(p, dim, heads, rstd);
-  float* const of_heads = scratch;
-  scratch += padded(dim);
-  if (dweight) std::memset(of_heads, 0, size_t(padded(dim)) * sizeof(float));
-  for (int h = 0; h < heads.count; ++h) {
-    const T *x = heads.head(h), *grad = grads.head(h);
-    grads.fetch_ahead(h, dim);
-    float* scaled = scratch + h * padded(dim);
-    const float factor = rstd[h];
-    vf product = splat(0);
-    rotate(
-        p, dim, angle, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(grad + i, n); },
-        [&](int64_t i, int n, vf g) MMFAST_INLINE_LAMBDA {
-          const vf y = get(x + i, n) * factor;
-          if (dweight) set<false>(of_heads + i, get(of_heads + i, n) + g * y, n);
-          if (weight) g *= get(weight + i, n);
-          set<false>(scaled + i, g, n);
-          product += g * y;
-        });
-    mean[h] = sum(product) / float(dim);
-  }
-  if (dweight)
-    for_each_vector(dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
-      set<false>(dweight + i, get(dweight + i, n) + get(of_heads + i, n), n);
-    });
+  rstd_of(dim, p.eps, heads, rstd);
+  heads.for_each_four([&](auto four, int first) MMFAST_INLINE_LAMBDA {
+    vf products[four.value];
+    for (int k = 0; k < four.value; ++k) {
+      const T *x = heads.head(first + k), *grad = grads.head(first + k);
+      float* turned = scratch + (first + k) * padded(dim);
+      vf product[2] = {};
+      grads.fetch_ahead(first + k, dim);
+      rotate(
+          p.interleaved, dim, turn, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(grad + i, n); },
+          [&](auto count, int64_t i, int n, const vf* g) MMFAST_INLINE_LAMBDA {
+            for (int j = 0; j < count.value; ++j) {
+              const int64_t column = i + j * kLanes;
+              set<false>(turned + column, g[j], n);
+              product[j] += g[j] * load(weight + column) * get(x + column, n);
+            }
+          });
+      products[k] = product[0] + product[1];
+    }
+    float total[four.value];
+    sum_each(four, products, total);
+    for (int k = 0; k < four.value; ++k) total[k] *= rstd[first + k] / float(dim);
+    std::memcpy(mean + first, total, sizeof total);
+  });
   for (int h = 0; h < heads.count; ++h, out += dim) {
     const T* x = heads.head(h);
     heads.fetch_ahead(h, dim);
-    const float *scaled = scratch + h * padded(dim), factor = rstd[h], shift = factor * mean[h];
-    for_each_vector(dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
-      set<kStream>(out + i, (get(scaled + i, n) - get(x + i, n) * shift) * factor, n);
+    const float *turned = scratch + h * padded(dim), factor = rstd[h], average = mean[h];
+    for_each_group<2>(dim, [&](auto count, int64_t i, int n) MMFAST_INLINE_LAMBDA {
+      vf v[count.value];
+      for (int k = 0; k < count.value; ++k) {
+        const int64_t column = i + k * kLanes;
+        const vf g = load(turned + column), y = get(x + column, n) * factor;
+        store(dweight + column, load(dweight + column) + g * y);
+        v[k] = (g * load(weight + column) - y * average) * factor;
+      }
+      put_columns<kStream>(count, out + i, v, n);
     });
   }
+}
+
+// One side's norm weight by column, and by the other column of its pair; ones where it has none.
+struct Weight {
+  float *own, *other;  // [dim]
+};
+
+MMFAST_INLINE void widen(const RotaryParams& p, const float* weight, const Weight& out) {
+  for_each_pair(p.dim, p.interleaved, [&](int64_t, int64_t i, int64_t j) MMFAST_INLINE_LAMBDA {
+    out.own[i] = out.other[j] = weight ? weight[i] : 1.0f;
+    out.own[j] = out.other[i] = weight ? weight[j] : 1.0f;
+  });
 }
 
 // kDim: the number of columns where the compiler shall know it, else 0.
 template <typename T, bool kBackward, bool kStream, int kDim>
 void run(const RotaryParams& p) {
   const int64_t dim = kDim ? kDim : p.dim;
-  const int64_t stride = padded(dim), chunks = chunks_of(p.rows);
-  const Scratch scratch(p.threads, (3 + kGroup) * stride);
-  float* partials = allocate(chunks * 2 * stride);
-  std::memset(partials, 0, size_t(chunks * 2 * stride) * sizeof(float));
+  const int64_t stride = padded(dim) + 16, chunks = chunks_of(p.rows);  // a vector may reach past the end
+  const Scratch scratch(p.threads, (4 + kGroup) * stride);
+  float* partials = allocate((chunks + 2) * 2 * stride);
+  std::memset(partials, 0, size_t((chunks + 2) * 2 * stride) * sizeof(float));
+  Weight weights[2];
+  for (int i = 0; i < p.sides; ++i) {
+    weights[i].own = partials + (chunks + i) * 2 * stride;
+    weights[i].other = weights[i].own + stride;
+    widen(p, p.side[i].weight, weights[i]);
+  }
 #pragma omp parallel num_threads(p.threads)
   {
     float* mine = scratch.of(omp_get_thread_num());
-    const Angles angle{mine, mine + stride};
+    const Turn of_row{mine, mine + stride}, weighted{mine + 2 * stride, mine + 3 * stride};
+    float* const work = mine + 4 * stride;
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < chunks; ++c) {
-      for (int64_t t = p.rows * c / chunks; t < p.rows * (c + 1) / chunks; ++t) {
-        if (p.inside[t]) row_angles<kBackward>(p, t, mine + 2 * stride, angle);
+      const int64_t end = p.rows * (c + 1) / chunks;
+      for (int64_t t = p.rows * c / chunks; t < end; ++t) {
+        if (p.inside[t]) turn_of_row<kBackward>(p, dim, t, work, of_row);
         for (int i = 0; i < p.sides; ++i) {
           const RotarySide& side = p.side[i];
           T* out = static_cast<T*>(side.out) + t * side.heads * dim;
@@ -239,8 +267,13 @@ void run(const RotaryParams& p) {
             std::memset(out, 0, size_t(side.heads * dim) * sizeof(T));
             continue;
           }
+          const Turn& turn = !kBackward && side.weight ? weighted : of_row;
+          // The weight is in the turn, so that it is multiplied once for all heads.
+          for (int64_t d = 0; d < padded(dim) && &turn == &weighted; d += kLanes) {
+            store(weighted.cosine + d, load(of_row.cosine + d) * load(weights[i].own + d));
+            store(weighted.sine + d, load(of_row.sine + d) * load(weights[i].other + d));
+          }
           const int64_t next = row_ahead<kStream>(t, p.rows, side.heads * dim * int64_t(sizeof(T)));
-          float* dweight = side.dweight ? partials + (2 * c + i) * stride : nullptr;
           for (int64_t h = 0; h < side.heads; h += kGroup, out += kGroup * dim) {
             const int count = side.heads - h < kGroup ? int(side.heads - h) : kGroup;
             const Heads<T> x{static_cast<const T*>(side.x) + t * side.x_stride[0] + h * side.x_stride[1],
@@ -249,10 +282,13 @@ void run(const RotaryParams& p) {
               const Heads<T> grad{
                   static_cast<const T*>(side.grad) + t * side.grad_stride[0] + h * side.grad_stride[1],
                   side.grad_stride[1], count, (next - t) * side.grad_stride[0]};
-              backward_heads<T, kStream>(p, dim, side.weight, angle, x, grad, out, mine + 2 * stride,
-                                         dweight);
+              if (p.norm)
+                norm_backward_heads<T, kStream>(p, dim, weights[i].own, turn, x, grad, out, work,
+                                                partials + (2 * c + i) * stride);
+              else
+                forward_heads<T, kStream>(p, dim, false, turn, grad, out);
             } else {
-              forward_heads<T, kStream>(p, dim, side.weight, angle, x, out);
+              forward_heads<T, kStream>(p, dim, p.norm, turn, x, out);
             }
           }
         }

@@ -25,8 +25,8 @@ struct RotaryParams {
   const uint8_t* inside;    // [rows]: the row belongs to the layout; the others' output is zero
   const int32_t* position;  // [rows, axes]
   int axes;
-  int sections[3];          // frequencies of each axis; their sum is dim / 2
-  const double* frequency;  // [dim / 2], in quarter turns per position
+  const double*
+      frequency;  // [3, dim / 2], in quarter turns per position: of each axis, zero at its others' pairs
   bool norm, interleaved;
   float eps;
   bool stream;

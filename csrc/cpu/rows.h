@@ -45,12 +45,12 @@ MMFAST_INLINE void put(bf16* p, vf v) {
   store(p, v);
 }
 
-// Four vectors behind each other.
-template <bool kStream, typename T>
-MMFAST_INLINE void put_four(T* p, const vf* v) {
+// Vectors behind each other.
+template <bool kStream, int kCount, typename T>
+MMFAST_INLINE void put_group(T* p, const vf* v) {
 #if defined(__AVX512BF16__)
-  if constexpr (sizeof(T) == 2) {
-    for (int k = 0; k < 4; k += 2) {
+  if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
+    for (int k = 0; k < kCount; k += 2) {
       const __m512bh both = _mm512_cvtne2ps_pbh((__m512)v[k + 1], (__m512)v[k]);
       if constexpr (kStream)
         _mm512_stream_si512(reinterpret_cast<__m512i*>(p + k * kLanes), (__m512i)both);
@@ -60,7 +60,7 @@ MMFAST_INLINE void put_four(T* p, const vf* v) {
     return;
   }
 #endif
-  for (int k = 0; k < 4; ++k) put<kStream>(p + k * kLanes, v[k]);
+  for (int k = 0; k < kCount; ++k) put<kStream>(p + k * kLanes, v[k]);
 }
 
 // Before other threads read what was streamed.
@@ -154,11 +154,12 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-// Calls body(Count<4>, i, kLanes) for every four vectors of a row, then body(Count<1>, i, n) for the rest.
-template <typename Body>
-MMFAST_INLINE void for_each_four(int64_t dim, Body body) {
+// Calls body(Count<kGroup>, i, kLanes) for every kGroup vectors of a row, then body(Count<1>, i, n) for the
+// rest.
+template <int kGroup, typename Body>
+MMFAST_INLINE void for_each_group(int64_t dim, Body body) {
   int64_t i = 0;
-  for (; i + 4 * kLanes <= dim; i += 4 * kLanes) body(Count<4>(), i, kLanes);
+  for (; i + kGroup * kLanes <= dim; i += kGroup * kLanes) body(Count<kGroup>(), i, kLanes);
   for (; i < dim; i += kLanes) body(Count<1>(), i, dim - i < kLanes ? int(dim - i) : kLanes);
 }
 
@@ -179,14 +180,33 @@ MMFAST_INLINE void set(T* p, vf v, int n) {
     store_tail(p, v, n);
 }
 
-// Four vectors, or the first n columns of one.
+// Some vectors, or the first n columns of one.
 template <bool kStream, typename N, typename T>
 MMFAST_INLINE void put_columns(N count, T* p, const vf* v, int n) {
-  if constexpr (count.value == 4)
-    put_four<kStream>(p, v);
-  else
+  if constexpr (count.value == 1)
     set<kStream>(p, v[0], n);
+  else
+    put_group<kStream, count.value>(p, v);
 }
+
+// out[k] = the sum over the lanes of v[k].
+template <typename N>
+MMFAST_INLINE void sum_each(N count, const vf* v, float* out) {
+#if defined(__AVX512F__)
+  if constexpr (count.value == 4) {
+    auto add_halves = [](vf a, vf b) MMFAST_INLINE_LAMBDA {
+      return _mm512_unpacklo_ps((__m512)a, (__m512)b) + _mm512_unpackhi_ps((__m512)a, (__m512)b);
+    };
+    const __m512d ab = (__m512d)add_halves(v[0], v[1]), cd = (__m512d)add_halves(v[2], v[3]);
+    const __m512 abcd = (__m512)_mm512_unpacklo_pd(ab, cd) + (__m512)_mm512_unpackhi_pd(ab, cd);
+    const __m256 half = _mm512_castps512_ps256(abcd) + (__m256)_mm512_extractf64x4_pd((__m512d)abcd, 1);
+    _mm_storeu_ps(out, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+    return;
+  }
+#endif
+  for (int k = 0; k < count.value; ++k) out[k] = sum(v[k]);
+}
+
 }  // namespace
 }  // namespace MMFAST_ISA
 }  // namespace mmfast
