@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <cmath>
+#include <optional>
 
 #include "cpu/packing_sums.h"
 
@@ -24,24 +25,33 @@ MMFAST_INLINE vf first_lanes(vf v, int n) {
 template <typename T, typename P, bool kStream, Norm kNorm>
 class Forward {
  public:
-  Forward(const PackParams& p, const Constants& c, float* scratch) : p_(p), c_(c), scratch_(scratch) {}
+  // buckets: the order to visit the rows in, or null for the batch's.
+  Forward(const PackParams& p, const Constants& c, const Buckets* buckets, float* scratch)
+      : p_(p), c_(c), buckets_(buckets), scratch_(scratch) {}
 
-  static int64_t scratch_size(int64_t dim) { return 4 * padded(dim); }
+  static int64_t scratch_size(int64_t dim) { return 5 * padded(dim); }
 
+  // Rows at the places [begin, end) of the order.
   void run(int64_t begin, int64_t end) {
     if (kNorm == Norm::none) {
-      for (int64_t t = begin; t < end; ++t) {
-        T* out = this->out(t);
-        Row<T, P>(p_, c_, t).for_each_sum(
-            0, p_.dim, ahead(t, end), [&](auto count, int64_t i, int n, const vf* v) MMFAST_INLINE_LAMBDA {
-              put_columns<kStream>(count, out + i, v, n);
-            });
+      for (int64_t i = begin; i < end; ++i) {
+        T* out = this->out(i);
+        open(i, begin);
+        T* out_ahead = this->out(next(i, end));
+        row(i).for_each_sum(0, p_.dim, row(next(i, end)),
+                            [&](auto count, int64_t j, int n, const vf* v) MMFAST_INLINE_LAMBDA {
+                              if (!kStream && count.value == 4) fetch<true>(out_ahead + j, 4 * kLanes);
+                              put_columns<kStream>(count, out + j, v, n);
+                            });
       }
       return;
     }
-    for (int64_t t = begin; t < end; ++t) add(t, begin, end);
+    for (int64_t i = begin; i < end; ++i) {
+      open(i, begin);
+      add(i, begin, end);
+    }
     if (begin < end) measure(end - 1);
-    for (int64_t t = end - 2 < begin ? begin : end - 2; t < end; ++t) finish(t);
+    for (int64_t i = end - 2 < begin ? begin : end - 2; i < end; ++i) finish(i);
   }
 
  private:
@@ -49,31 +59,43 @@ class Forward {
 
   const PackParams& p_;
   const Constants& c_;
-  float* scratch_;                    // three rows, and one for what is not wanted
+  const Buckets* buckets_;
+  float* scratch_;                    // three rows, one for what is not wanted, and the base of a bucket
   float sum_[3] = {}, rstd_[3] = {};  // sum: of the values (layer norm) or of their squares (RMS norm)
 
-  float* scratch(int64_t t) const { return scratch_ + t % 3 * c_.stride; }
-  T* out(int64_t t) const { return static_cast<T*>(p_.x) + t * p_.dim; }
-  Row<T, P> ahead(int64_t t, int64_t end) const {
-    return Row<T, P>(p_, c_, row_ahead<kStream>(t, end, p_.dim * int64_t(sizeof(T))));
+  int64_t row_at(int64_t i) const { return buckets_ ? buckets_->row(i) : i; }
+  Row<T, P> row(int64_t i) const { return Row<T, P>(p_, c_, row_at(i), buckets_ ? base() : nullptr); }
+  // The place of the row that is fetched meanwhile.
+  int64_t next(int64_t i, int64_t end) const {
+    return row_ahead<kStream>(i, end, p_.dim * int64_t(sizeof(T)));
   }
-  float mean(int64_t t) const { return kLayer ? sum_[t % 3] / float(p_.dim) : 0.0f; }
+  float* base() const { return scratch_ + 4 * c_.stride; }
+  // Before the row at place i: where its bucket begins, sets the base.
+  void open(int64_t i, int64_t begin) const {
+    if (buckets_ && (i == begin || i == buckets_->begin(buckets_->of(row_at(i)))))
+      common_sum<P>(p_, c_, row_at(i), base());
+  }
+  float* scratch(int64_t i) const { return scratch_ + i % 3 * c_.stride; }
+  T* out(int64_t i) const { return static_cast<T*>(p_.x) + row_at(i) * p_.dim; }
+  float mean(int64_t i) const { return kLayer ? sum_[i % 3] / float(p_.dim) : 0.0f; }
 
-  // The first stage of row t, the second of the row before, the third of the one before that.
-  void add(int64_t t, int64_t begin, int64_t end) {
-    const int64_t second = t + 2, third = t + 1;  // modulo 3
-    float* row = scratch(t);
+  // The first stage of the row at place i, the second of the row before, the third of the one before that.
+  void add(int64_t i, int64_t begin, int64_t end) {
+    const int64_t second = i + 2, third = i + 1;  // modulo 3
+    float* sums = scratch(i);
     const float *centred = scratch(second), *normed = scratch(third);
-    T* out = t - 2 < begin ? reinterpret_cast<T*>(scratch_ + 3 * c_.stride) : this->out(t - 2);
+    T* out = i - 2 < begin ? reinterpret_cast<T*>(scratch_ + 3 * c_.stride) : this->out(i - 2);
+    T* out_ahead = this->out(next(i, end));
     const float centre = mean(second), mean = this->mean(third), rstd = rstd_[third % 3];
     const float *weight = c_.weight, *bias = c_.bias;
     Four total, squares;
-    Row<T, P>(p_, c_, t).for_each_sum(
-        0, p_.dim, ahead(t, end), [&](auto count, int64_t i, int n, const vf* v) MMFAST_INLINE_LAMBDA {
-          for (int k = 0; k < count.value; ++k) store(row + i + k * kLanes, v[k]);
+    row(i).for_each_sum(
+        0, p_.dim, row(next(i, end)), [&](auto count, int64_t j, int n, const vf* v) MMFAST_INLINE_LAMBDA {
+          if (!kStream && count.value == 4) fetch<true>(out_ahead + j, 4 * kLanes);
+          for (int k = 0; k < count.value; ++k) store(sums + j + k * kLanes, v[k]);
           if (kLayer) {
             for (int k = 0; k < count.value; ++k) {
-              const vf c = first_lanes(load(centred + i + k * kLanes) - centre, n);
+              const vf c = first_lanes(load(centred + j + k * kLanes) - centre, n);
               total.v[k] += v[k];
               squares.v[k] += c * c;
             }
@@ -82,51 +104,65 @@ class Forward {
           }
           vf normed_k[count.value];
           for (int k = 0; k < count.value; ++k) {
-            const int64_t j = i + k * kLanes;
-            normed_k[k] = (load(normed + j) - mean) * rstd * load(weight + j) + load(bias + j);
+            const int64_t c = j + k * kLanes;
+            normed_k[k] = (load(normed + c) - mean) * rstd * load(weight + c) + load(bias + c);
           }
-          put_columns<kStream>(count, out + i, normed_k, n);
+          put_columns<kStream>(count, out + j, normed_k, n);
         });
-    sum_[t % 3] = total.total();
-    if (t > begin) keep(t - 1, squares);
+    sum_[i % 3] = total.total();
+    if (i > begin) keep(i - 1, squares);
   }
 
   // The statistics of a row. Two passes: the sum of squares alone loses digits where the mean is large.
-  __attribute__((always_inline)) void keep(int64_t t, const Four& squares) {
-    if (kLayer) p_.mean[t] = mean(t);
-    const float variance = (kLayer ? squares.total() : sum_[t % 3]) / float(p_.dim);
-    rstd_[t % 3] = p_.rstd[t] = 1.0f / std::sqrt(variance + p_.eps);
+  __attribute__((always_inline)) void keep(int64_t i, const Four& squares) {
+    const int64_t t = row_at(i);
+    if (kLayer) p_.mean[t] = mean(i);
+    const float variance = (kLayer ? squares.total() : sum_[i % 3]) / float(p_.dim);
+    rstd_[i % 3] = p_.rstd[t] = 1.0f / std::sqrt(variance + p_.eps);
   }
 
-  void measure(int64_t t) {
-    const float* row = scratch(t);
-    const float centre = mean(t);
+  void measure(int64_t i) {
+    const float* sums = scratch(i);
+    const float centre = mean(i);
     Four squares;
-    for_each_vector_in_four(p_.dim, [&](int64_t i, int n, int k) MMFAST_INLINE_LAMBDA {
-      const vf c = first_lanes(load(row + i) - centre, n);
+    for_each_vector_in_four(p_.dim, [&](int64_t j, int n, int k) MMFAST_INLINE_LAMBDA {
+      const vf c = first_lanes(load(sums + j) - centre, n);
       squares.v[k] += c * c;
     });
-    keep(t, squares);
+    keep(i, squares);
   }
 
-  void finish(int64_t t) {
-    const float *row = scratch(t), *weight = c_.weight, *bias = c_.bias;
-    const float mean = this->mean(t), rstd = rstd_[t % 3];
-    T* out = this->out(t);
-    for_each_vector(p_.dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
-      set<kStream>(out + i, (load(row + i) - mean) * rstd * load(weight + i) + load(bias + i), n);
+  void finish(int64_t i) {
+    const float *sums = scratch(i), *weight = c_.weight, *bias = c_.bias;
+    const float mean = this->mean(i), rstd = rstd_[i % 3];
+    T* out = this->out(i);
+    for_each_vector(p_.dim, [&](int64_t j, int n) MMFAST_INLINE_LAMBDA {
+      set<kStream>(out + j, (load(sums + j) - mean) * rstd * load(weight + j) + load(bias + j), n);
     });
   }
 };
 
+// Whether to visit rows by position: where the tables leave the second-level cache between two items that use
+// them, and a row of them is used several times.
+template <typename P>
+bool by_position(const PackParams& p) {
+  constexpr int64_t kKept = 640 << 10;
+  int64_t rows = 0;
+  for (int m = 0; m < p.parts; ++m)
+    if (p.part[m].tables) rows += p.part[m].table_rows[0];
+  return rows * p.dim * int64_t(sizeof(P)) > kKept && p.rows > 4 * rows;
+}
+
 template <typename T, typename P, bool kStream, Norm kNorm>
 void forward(const PackParams& p) {
   const Constants constants(p, static_cast<const P*>(nullptr));
+  const std::optional<Buckets> buckets =
+      by_position<P>(p) ? std::optional<Buckets>(std::in_place, p) : std::nullopt;
   const Scratch scratch(p.threads, Forward<T, P, kStream, kNorm>::scratch_size(p.dim));
 #pragma omp parallel num_threads(p.threads)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    Forward<T, P, kStream, kNorm> rows(p, constants, scratch.of(thread));
+    Forward<T, P, kStream, kNorm> rows(p, constants, buckets ? &*buckets : nullptr, scratch.of(thread));
     rows.run(p.rows * thread / threads, p.rows * (thread + 1) / threads);
     if (kStream) stream_fence();
   }

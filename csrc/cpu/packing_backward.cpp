@@ -15,49 +15,6 @@ MMFAST_INLINE void add_to(float* p, vf v) {
   store(p, load(p) + v);
 }
 
-// Rows by bucket, in each in their order. A bucket is a position on the first axis of a part that has a
-// table, or else a part.
-class Buckets {
- public:
-  explicit Buckets(const PackParams& p) : p_(p) {
-    for (int m = 0; m < p.parts; ++m) {
-      first_[m] = count_;
-      count_ += p.part[m].tables ? p.part[m].table_rows[0] : 1;
-    }
-    begin_ = new int64_t[count_ + 2]();
-    order_ = new int64_t[p.rows];
-    // begin_[n + 1] moves from the beginning of bucket n to its end.
-    for (int64_t t = 0; t < p.rows; ++t) ++begin_[of(t) + 2];
-    for (int64_t n = 0; n < count_; ++n) begin_[n + 2] += begin_[n + 1];
-    for (int64_t t = 0; t < p.rows; ++t) order_[begin_[of(t) + 1]++] = t;
-  }
-  Buckets(const Buckets&) = delete;
-  ~Buckets() {
-    delete[] begin_;
-    delete[] order_;
-  }
-
-  int64_t of(int64_t t) const {
-    const int m = p_.modality[t];
-    return first_[m] + (p_.part[m].tables ? p_.position[t * p_.axes] : 0);
-  }
-  int64_t count() const { return count_; }
-  int64_t begin(int64_t n) const { return begin_[n]; }
-  int64_t row(int64_t i) const { return order_[i]; }
-  int part(int64_t n) const {
-    int m = 0;
-    while (m + 1 < p_.parts && first_[m + 1] <= n) ++m;
-    return m;
-  }
-  // The bucket's row of its part's table.
-  int64_t table_row(int64_t n, int m) const { return n - first_[m]; }
-
- private:
-  const PackParams& p_;
-  int64_t first_[PackParams::kMaxParts], count_ = 0;
-  int64_t *begin_, *order_;
-};
-
 // Sums of one chunk of rows, each null where it is not wanted. `before` is of a bucket that began in an
 // earlier chunk, `after` of one that began in this chunk and goes on in the next.
 struct Partials {
@@ -85,7 +42,7 @@ class Backward {
   Backward(const PackParams& p, const Constants& c, const Buckets& buckets, float* averages, float* scratch)
       : p_(p), c_(c), buckets_(buckets), averages_(averages), scratch_(scratch) {}
 
-  static int64_t scratch_size(int64_t dim) { return 3 * padded(dim); }
+  static int64_t scratch_size(int64_t dim) { return 4 * padded(dim); }
 
   // Rows [begin, end) of the buckets' order.
   void run(int64_t begin, int64_t end, const Partials& partial) {
@@ -97,6 +54,8 @@ class Backward {
       return;
     }
     for (int64_t i = begin; i < end; ++i) {
+      const int64_t bucket = buckets_.of(buckets_.row(i));
+      if (i == begin || i == buckets_.begin(bucket)) common_sum<P>(p_, c_, buckets_.row(i), base());
       if (i == begin) {
         read<false>(i, end, partial);
       } else {
@@ -126,6 +85,7 @@ class Backward {
   Target row_;                  // whose y and g are in scratch
 
   float* sum() const { return scratch_ + 2 * c_.stride; }
+  float* base() const { return scratch_ + 3 * c_.stride; }
   const T* gradient(int64_t t) const { return static_cast<const T*>(p_.x) + t * p_.x_stride; }
 
   Target target(int64_t t) const {
@@ -173,30 +133,32 @@ class Backward {
     const float* weight = c_.weight;
     const float rstd = p_.rstd[t], mean = p_.norm == Norm::layer ? p_.mean[t] : 0.0f;
     const T *dx = gradient(t), *dx_ahead = gradient(next);
+    T* const out_ahead = kStream ? nullptr : target(next).tokens;
     const Target before = row_;
     Four sum_g, sum_gy;
-    Row<T, P>(p_, c_, t).for_each_sum(0, p_.dim, Row<T, P>(p_, c_, next),
-                                      [&](auto count, int64_t j, int n, const vf* v) MMFAST_INLINE_LAMBDA {
-                                        if (count.value == 4) prefetch(dx_ahead + j);
-                                        if (kWrite) write(count, j, n, before);
-                                        vf normed[count.value], d[count.value];
-                                        for (int k = 0; k < count.value; ++k) {
-                                          const int64_t c = j + k * kLanes;
-                                          normed[k] = (v[k] - mean) * rstd;
-                                          d[k] = get(dx + c, n);
-                                          const vf scaled = d[k] * load(weight + c);
-                                          store(y + c, normed[k]);
-                                          store(g + c, scaled);
-                                          sum_g.v[k] += scaled;
-                                          sum_gy.v[k] += scaled * normed[k];
-                                        }
-                                        if (dweight)
-                                          for (int k = 0; k < count.value; ++k)
-                                            add_to(dweight + j + k * kLanes, d[k] * normed[k]);
-                                        if (dbias)
-                                          for (int k = 0; k < count.value; ++k)
-                                            add_to(dbias + j + k * kLanes, d[k]);
-                                      });
+    Row<T, P>(p_, c_, t, base())
+        .for_each_sum(0, p_.dim, Row<T, P>(p_, c_, next, base()),
+                      [&](auto count, int64_t j, int n, const vf* v) MMFAST_INLINE_LAMBDA {
+                        if (count.value == 4) fetch<false>(dx_ahead + j, 4 * kLanes);
+                        if (!kStream && count.value == 4 && out_ahead) fetch<true>(out_ahead + j, 4 * kLanes);
+                        if (kWrite) write(count, j, n, before);
+                        vf normed[count.value], d[count.value];
+                        for (int k = 0; k < count.value; ++k) {
+                          const int64_t c = j + k * kLanes;
+                          normed[k] = (v[k] - mean) * rstd;
+                          d[k] = get(dx + c, n);
+                          const vf scaled = d[k] * load(weight + c);
+                          store(y + c, normed[k]);
+                          store(g + c, scaled);
+                          sum_g.v[k] += scaled;
+                          sum_gy.v[k] += scaled * normed[k];
+                        }
+                        if (dweight)
+                          for (int k = 0; k < count.value; ++k)
+                            add_to(dweight + j + k * kLanes, d[k] * normed[k]);
+                        if (dbias)
+                          for (int k = 0; k < count.value; ++k) add_to(dbias + j + k * kLanes, d[k]);
+                      });
     const float average_g = p_.norm == Norm::layer ? sum_g.total() / float(p_.dim) : 0.0f;
     const float average_gy = sum_gy.total() / float(p_.dim);
     if (averages_) averages_[2 * t] = average_g, averages_[2 * t + 1] = average_gy;
@@ -259,7 +221,7 @@ void add_gradient(const PackParams& p, const Constants& c, const float* averages
   const float* weight = c.weight;
   Row<T, P>(p, c, t).for_each_sum(first, first + width, Row<T, P>(p, c, next),
                                   [=](auto count, int64_t i, int n, const vf* v) MMFAST_INLINE_LAMBDA {
-                                    if (count.value == 4) prefetch(dx_ahead + i);
+                                    if (count.value == 4) fetch<false>(dx_ahead + i, 4 * kLanes);
                                     for (int k = 0; k < count.value; ++k) {
                                       const int64_t j = i + k * kLanes;
                                       const vf g = get(dx + j, n) * load(weight + j);

@@ -101,7 +101,7 @@ MMFAST_INLINE void rotate(bool interleaved, int64_t dim, const Turn& turn, At at
 // Heads that are worked on together: one head's sum over lanes, root and division would wait for each other.
 constexpr int kGroup = 16;
 
-// Some heads of a row.
+// Some heads of a row that is read.
 template <typename T>
 struct Heads {
   const T* x;
@@ -111,7 +111,7 @@ struct Heads {
 
   __attribute__((always_inline)) const T* head(int h) const { return x + h * stride; }
   __attribute__((always_inline)) void fetch_ahead(int h, int64_t dim) const {
-    for (int64_t i = 0; i < dim; i += int64_t(64 / sizeof(T))) __builtin_prefetch(head(h) + ahead + i);
+    fetch<false>(head(h) + ahead, dim);
   }
   // Calls body(Count<4>, h) for every four heads, then body(Count<1>, h) for the rest.
   template <typename Body>
@@ -159,13 +159,14 @@ MMFAST_INLINE void rstd_of(int64_t dim, float eps, const Heads<T>& heads, float*
 
 template <typename T, bool kStream>
 MMFAST_INLINE void forward_heads(const RotaryParams& p, int64_t dim, bool norm, const Turn& turn,
-                                 const Heads<T>& heads, T* out) {
+                                 const Heads<T>& heads, T* out, int64_t out_ahead) {
   float rstd[kGroup];
   if (norm) rstd_of(dim, p.eps, heads, rstd);
   for (int h = 0; h < heads.count; ++h, out += dim) {
     const T* x = heads.head(h);
     const float factor = norm ? rstd[h] : 1.0f;
     heads.fetch_ahead(h, dim);
+    if (!kStream) fetch<true>(out + out_ahead, dim);
     rotate(
         p.interleaved, dim, turn, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n); },
         [&](auto count, int64_t i, int n, vf* v) MMFAST_INLINE_LAMBDA {
@@ -181,7 +182,7 @@ MMFAST_INLINE void forward_heads(const RotaryParams& p, int64_t dim, bool norm, 
 template <typename T, bool kStream>
 MMFAST_INLINE void norm_backward_heads(const RotaryParams& p, int64_t dim, const float* weight,
                                        const Turn& turn, const Heads<T>& heads, const Heads<T>& grads, T* out,
-                                       float* scratch, float* dweight) {
+                                       int64_t out_ahead, float* scratch, float* dweight) {
   float rstd[kGroup], mean[kGroup];
   rstd_of(dim, p.eps, heads, rstd);
   heads.for_each_four([&](auto four, int first) MMFAST_INLINE_LAMBDA {
@@ -210,6 +211,7 @@ MMFAST_INLINE void norm_backward_heads(const RotaryParams& p, int64_t dim, const
   for (int h = 0; h < heads.count; ++h, out += dim) {
     const T* x = heads.head(h);
     heads.fetch_ahead(h, dim);
+    if (!kStream) fetch<true>(out + out_ahead, dim);
     const float *turned = scratch + h * padded(dim), factor = rstd[h], average = mean[h];
     for_each_group<2>(dim, [&](auto count, int64_t i, int n) MMFAST_INLINE_LAMBDA {
       vf v[count.value];
@@ -274,6 +276,7 @@ void run(const RotaryParams& p) {
             store(weighted.sine + d, load(of_row.sine + d) * load(weights[i].other + d));
           }
           const int64_t next = row_ahead<kStream>(t, p.rows, side.heads * dim * int64_t(sizeof(T)));
+          const int64_t out_ahead = (next - t) * side.heads * dim;
           for (int64_t h = 0; h < side.heads; h += kGroup, out += kGroup * dim) {
             const int count = side.heads - h < kGroup ? int(side.heads - h) : kGroup;
             const Heads<T> x{static_cast<const T*>(side.x) + t * side.x_stride[0] + h * side.x_stride[1],
@@ -283,12 +286,12 @@ void run(const RotaryParams& p) {
                   static_cast<const T*>(side.grad) + t * side.grad_stride[0] + h * side.grad_stride[1],
                   side.grad_stride[1], count, (next - t) * side.grad_stride[0]};
               if (p.norm)
-                norm_backward_heads<T, kStream>(p, dim, weights[i].own, turn, x, grad, out, work,
+                norm_backward_heads<T, kStream>(p, dim, weights[i].own, turn, x, grad, out, out_ahead, work,
                                                 partials + (2 * c + i) * stride);
               else
-                forward_heads<T, kStream>(p, dim, false, turn, grad, out);
+                forward_heads<T, kStream>(p, dim, false, turn, grad, out, out_ahead);
             } else {
-              forward_heads<T, kStream>(p, dim, p.norm, turn, x, out);
+              forward_heads<T, kStream>(p, dim, p.norm, turn, x, out, out_ahead);
             }
           }
         }

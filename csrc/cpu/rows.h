@@ -91,11 +91,11 @@ MMFAST_INLINE void release(float* p) {
   ::operator delete[](p, std::align_val_t(64));
 }
 
-// Zeroed memory of n floats for each thread, on pages of its own: where a thread reads on to the end of its
-// memory, the hardware fetches what lies behind it on the page, and takes it from the neighbour's cache.
+// Zeroed memory of n floats for each thread, a page away from the next one's: where a thread reads on to the
+// end of its memory, the hardware fetches what lies behind it, and would take it from the neighbour's cache.
 class Scratch {
  public:
-  Scratch(int64_t threads, int64_t n) : stride_((n + kPage - 1) / kPage * kPage) {
+  Scratch(int64_t threads, int64_t n) : stride_((n + 2 * kPage - 1) / kPage * kPage) {
     const size_t bytes = size_t(threads * stride_) * sizeof(float);
     memory_ = static_cast<float*>(::operator new[](bytes, kAlignment));
     std::memset(memory_, 0, bytes);
@@ -121,6 +121,12 @@ MMFAST_INLINE int64_t row_ahead(int64_t t, int64_t end, int64_t bytes) {
   constexpr int64_t kAheadBytes = (kStream ? 12 : 6) << 10;
   const int64_t rows = kAheadBytes / (bytes + 1), next = t + (rows < 1 ? 1 : rows);
   return next < end ? next : end - 1;
+}
+
+// Fetches n elements, to be read or to be written.
+template <bool kWrite, typename T>
+MMFAST_INLINE void fetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(p + i, kWrite);
 }
 
 // A body that is not inlined passes its vectors through memory, at several times the cost.
