@@ -63,6 +63,9 @@ def test_interleaving_repeats_what_is_quick_and_keeps_every_round():
     assert calls == {"quick": 5, "slow": 5}  # each tick of this clock is a second: nothing is repeated
     times = interleaved({"quick": lambda: count("quick")}, seconds=0, rounds=(2, 2))
     assert calls["quick"] > 100 and len(times["quick"]) == 2
+    calls["quick"], now = 0, iter(range(10**6))
+    interleaved({"quick": lambda: count("quick")}, rounds=(4, 4), clock=lambda: next(now) * 1e-3)
+    assert calls["quick"] == 2 + 4 * (1 + 2)  # a tick is a millisecond: two calls a sample, one before it
 
 
 class Clock:

@@ -53,8 +53,11 @@ inline AttentionPlan plan_backward(const AttentionParams& p) {
   for (int64_t b = 0; b < p.layout_k.batch; ++b) {
     const int64_t keys = p.layout_k.length(b);
     if (!keys || !p.layout_q.length(b)) continue;
-    const int64_t wanted =
-        std::min({kMaxParts, (kEnoughItems + together - 1) / together, (keys + 255) / 256});
+    // Every part adds a pass over dq: few items are worth short parts, more of them only long ones.
+    auto parts = [&](int64_t items, int64_t shortest) {
+      return std::min({kMaxParts, (items + together - 1) / together, (keys + shortest - 1) / shortest});
+    };
+    const int64_t wanted = std::max(parts(kEnoughItems / 2, 256), parts(kEnoughItems, 1024));
     const int64_t step = ((keys + wanted - 1) / wanted + 63) / 64 * 64;
     int32_t part = 0;
     for (int64_t begin = 0; begin < keys; begin += step)
