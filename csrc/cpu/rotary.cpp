@@ -67,11 +67,29 @@ MMFAST_INLINE vf swap_pairs(vf v) {
   return (vf)((bits << 32) | (bits >> 32));
 }
 
+// Columns that all heads need, [kDim]: vectors where the compiler knows how many, so that they stay in
+// registers.
+template <int kDim>
+struct Columns {
+  vf v[kDim / kLanes];
+  __attribute__((always_inline)) explicit Columns(const float* p) {
+    for (int k = 0; k < kDim / kLanes; ++k) v[k] = load(p + k * kLanes);
+  }
+  __attribute__((always_inline)) vf at(int64_t i) const { return v[i / kLanes]; }
+};
+template <>
+struct Columns<0> {
+  const float* p;
+  __attribute__((always_inline)) explicit Columns(const float* p) : p(p) {}
+  __attribute__((always_inline)) vf at(int64_t i) const { return load(p + i); }
+};
+
 // The turned head, x[i] read by at(i, n); finish(count, i, n, v) takes one or two vectors v from column i on.
-template <typename At, typename Finish>
-MMFAST_INLINE void rotate(bool interleaved, int64_t dim, const Turn& turn, At at, Finish finish) {
+template <int kDim, typename At, typename Finish>
+MMFAST_INLINE void rotate(bool interleaved, int64_t dim, const Columns<kDim>& cosine,
+                          const Columns<kDim>& sine, At at, Finish finish) {
   auto turned = [&](int64_t i, vf x, vf other)
-                    MMFAST_INLINE_LAMBDA { return x * load(turn.cosine + i) + other * load(turn.sine + i); };
+                    MMFAST_INLINE_LAMBDA { return x * cosine.at(i) + other * sine.at(i); };
   if (interleaved) {
     for_each_group<2>(dim, [&](auto count, int64_t first, int n) MMFAST_INLINE_LAMBDA {
       vf v[count.value];
@@ -157,9 +175,10 @@ MMFAST_INLINE void rstd_of(int64_t dim, float eps, const Heads<T>& heads, float*
   });
 }
 
-template <typename T, bool kStream>
+template <int kDim, typename T, bool kStream>
 MMFAST_INLINE void forward_heads(const RotaryParams& p, int64_t dim, bool norm, const Turn& turn,
                                  const Heads<T>& heads, T* out, int64_t out_ahead) {
+  const Columns<kDim> cosine(turn.cosine), sine(turn.sine);
   float rstd[kGroup];
   if (norm) rstd_of(dim, p.eps, heads, rstd);
   for (int h = 0; h < heads.count; ++h, out += dim) {
@@ -168,7 +187,8 @@ MMFAST_INLINE void forward_heads(const RotaryParams& p, int64_t dim, bool norm, 
     heads.fetch_ahead(h, dim);
     if (!kStream) fetch<true>(out + out_ahead, dim);
     rotate(
-        p.interleaved, dim, turn, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n); },
+        p.interleaved, dim, cosine, sine,
+        [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(x + i, n); },
         [&](auto count, int64_t i, int n, vf* v) MMFAST_INLINE_LAMBDA {
           for (int k = 0; k < count.value; ++k) v[k] *= factor;
           put_columns<kStream>(count, out + i, v, n);
@@ -179,10 +199,11 @@ MMFAST_INLINE void forward_heads(const RotaryParams& p, int64_t dim, bool norm, 
 // With g the gradient turned back, y = x rstd and w the norm's weight:
 //   dw += g y;  dx = (g w - y avg(g w y)) rstd.
 // scratch: [kGroup, padded(dim)]; dweight: this chunk's partial sum, to which the heads' sum is added.
-template <typename T, bool kStream>
+template <int kDim, typename T, bool kStream>
 MMFAST_INLINE void norm_backward_heads(const RotaryParams& p, int64_t dim, const float* weight,
                                        const Turn& turn, const Heads<T>& heads, const Heads<T>& grads, T* out,
                                        int64_t out_ahead, float* scratch, float* dweight) {
+  const Columns<kDim> cosine(turn.cosine), sine(turn.sine), weights(weight);
   float rstd[kGroup], mean[kGroup];
   rstd_of(dim, p.eps, heads, rstd);
   heads.for_each_four([&](auto four, int first) MMFAST_INLINE_LAMBDA {
@@ -193,12 +214,13 @@ MMFAST_INLINE void norm_backward_heads(const RotaryParams& p, int64_t dim, const
       vf product[2] = {};
       grads.fetch_ahead(first + k, dim);
       rotate(
-          p.interleaved, dim, turn, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(grad + i, n); },
+          p.interleaved, dim, cosine, sine,
+          [&](int64_t i, int n) MMFAST_INLINE_LAMBDA { return get(grad + i, n); },
           [&](auto count, int64_t i, int n, const vf* g) MMFAST_INLINE_LAMBDA {
             for (int j = 0; j < count.value; ++j) {
               const int64_t column = i + j * kLanes;
               set<false>(turned + column, g[j], n);
-              product[j] += g[j] * load(weight + column) * get(x + column, n);
+              product[j] += g[j] * weights.at(column) * get(x + column, n);
             }
           });
       products[k] = product[0] + product[1];
@@ -219,7 +241,7 @@ MMFAST_INLINE void norm_backward_heads(const RotaryParams& p, int64_t dim, const
         const int64_t column = i + k * kLanes;
         const vf g = load(turned + column), y = get(x + column, n) * factor;
         store(dweight + column, load(dweight + column) + g * y);
-        v[k] = (g * load(weight + column) - y * average) * factor;
+        v[k] = (g * weights.at(column) - y * average) * factor;
       }
       put_columns<kStream>(count, out + i, v, n);
     });
@@ -286,12 +308,12 @@ void run(const RotaryParams& p) {
                   static_cast<const T*>(side.grad) + t * side.grad_stride[0] + h * side.grad_stride[1],
                   side.grad_stride[1], count, (next - t) * side.grad_stride[0]};
               if (p.norm)
-                norm_backward_heads<T, kStream>(p, dim, weights[i].own, turn, x, grad, out, out_ahead, work,
-                                                partials + (2 * c + i) * stride);
+                norm_backward_heads<kDim, T, kStream>(p, dim, weights[i].own, turn, x, grad, out, out_ahead,
+                                                      work, partials + (2 * c + i) * stride);
               else
-                forward_heads<T, kStream>(p, dim, false, turn, grad, out, out_ahead);
+                forward_heads<kDim, T, kStream>(p, dim, false, turn, grad, out, out_ahead);
             } else {
-              forward_heads<T, kStream>(p, dim, p.norm, turn, x, out, out_ahead);
+              forward_heads<kDim, T, kStream>(p, dim, p.norm, turn, x, out, out_ahead);
             }
           }
         }
