@@ -73,7 +73,7 @@ class Forward {
   // Before the row at place i: where its bucket begins, sets the base.
   void open(int64_t i, int64_t begin) const {
     if (buckets_ && (i == begin || i == buckets_->begin(buckets_->of(row_at(i)))))
-      common_sum<P>(p_, c_, row_at(i), base());
+      common_sum<T, P>(p_, c_, row_at(i), base());
   }
   float* scratch(int64_t i) const { return scratch_ + i % 3 * c_.stride; }
   T* out(int64_t i) const { return static_cast<T*>(p_.x) + row_at(i) * p_.dim; }

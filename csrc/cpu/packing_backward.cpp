@@ -55,7 +55,7 @@ class Backward {
     }
     for (int64_t i = begin; i < end; ++i) {
       const int64_t bucket = buckets_.of(buckets_.row(i));
-      if (i == begin || i == buckets_.begin(bucket)) common_sum<P>(p_, c_, buckets_.row(i), base());
+      if (i == begin || i == buckets_.begin(bucket)) common_sum<T, P>(p_, c_, buckets_.row(i), base());
       if (i == begin) {
         read<false>(i, end, partial);
       } else {

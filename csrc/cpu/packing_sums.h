@@ -1,5 +1,5 @@
-// What the forward and the backward kernel of packing share: the sum of a row's token and embeddings. Include
-// inside kernel files only; internal linkage (see isa.h).
+// What the forward and the backward kernel of packing share: the sum of a row's token and embeddings, and the
+// order of rows by position. Include inside kernel files only; internal linkage (see isa.h).
 #pragma once
 #include <omp.h>
 
@@ -182,19 +182,18 @@ class Buckets {
   int64_t *begin_, *order_;
 };
 
-// Sets base [stride] to what the rows of a bucket have in common: their type and their table row of the first
-// axis. The next row of the table, which the next bucket is likely to need, is fetched meanwhile.
-template <typename P>
+// Sets base [stride] to what the rows of a bucket have in common, of which row t is one: their type and their
+// table row of the first axis. The table's next row, which the next bucket is likely to need, is fetched
+// meanwhile.
+template <typename T, typename P>
 MMFAST_INLINE void common_sum(const PackParams& p, const Constants& c, int64_t t, float* base) {
-  const int m = p.modality[t];
-  const PackPart& part = p.part[m];
-  const float* type = c.type ? c.type + m * c.stride : nullptr;
-  const P* table = Row<P, P>(p, c, t).first;
+  const Row<T, P> row(p, c, t);
+  const int64_t stride = p.part[p.modality[t]].table_stride[0];
   for_each_vector(p.dim, [&](int64_t i, int n) MMFAST_INLINE_LAMBDA {
-    vf v = type ? load(type + i) : splat(0);
-    if (table) {
-      v += get(table + i, n);
-      __builtin_prefetch(table + part.table_stride[0] + i);
+    vf v = row.type ? load(row.type + i) : splat(0);
+    if (row.first) {
+      v += get(row.first + i, n);
+      __builtin_prefetch(row.first + stride + i);
     }
     store(base + i, v);
   });
