@@ -12,8 +12,8 @@ namespace mmfast {
 namespace MMFAST_ISA {
 namespace {
 
-constexpr int kBlockRows = 96;                  // their scores stay in the second-level cache
-constexpr int kChunkPanels = 4;                 // keys between two rescalings: 256
+constexpr int kBlockRows = 48;                  // their scores stay in the second-level cache
+constexpr int kChunkPanels = 8;                 // keys between two rescalings: 512
 constexpr int kScores = kChunkPanels * kPanel;  // columns of a block's scores
 constexpr int64_t kPackedBytes = 512 * 1024;    // packed keys and values of an item at a time
 static_assert(kFewKeys * kPanel <= kBlockRows * kScores && kFewRows <= kScores && 2 * kPanel <= kFewKeys);
