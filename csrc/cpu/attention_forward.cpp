@@ -25,9 +25,10 @@ struct Buffers {
   Unit *keys, *values;  // [panels][dim units][64]; [ceil(dim / 64)][keys / pack][64]
   Unit* queries;        // [kBlockRows][dim units], where q cannot be read in place
   Unit* scratch;
-  float* scores;                       // [kBlockRows][kScores]; probabilities replace them in place
-  float *out, *maximum, *sum, *alpha;  // per virtual row of the item
-  uint8_t* started;                    // per tile: out holds something
+  float* scores;               // [kBlockRows][kScores]; probabilities replace them in place
+  float *out, *maximum, *sum;  // per virtual row of the item
+  float* alpha;                // per row of a block, or of a panel of few queries
+  uint8_t* started;            // per tile: out holds something
   TileSummary* summaries;
   KeyBounds* bounds;
   uint32_t* bounds_set;
@@ -45,7 +46,7 @@ struct Buffers {
     out = arena.take<float>(rows * narrow);
     maximum = arena.take<float>(round_up(rows, kGroup));
     sum = arena.take<float>(round_up(rows, kGroup));
-    alpha = arena.take<float>(kBlockRows);
+    alpha = arena.take<float>(kBlockRows > kPanel ? kBlockRows : kPanel);
     started = arena.take<uint8_t>(rows / kRows + 1);
     summaries = arena.take<TileSummary>(panels);
     bounds = arena.take<KeyBounds>(panels * kMaxModalities);

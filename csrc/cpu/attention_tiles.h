@@ -3,6 +3,9 @@
 #pragma once
 #include <cmath>
 #include <cstdlib>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "cpu/attention_gemm.h"
 #include "cpu/philox.h"
@@ -51,8 +54,16 @@ struct Arena {
   template <class T>
   T* take(int64_t n) {
     T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    const size_t bytes = size_t(n) * sizeof(T);
     // An odd number of cache lines between buffers keeps them out of each other's cache sets.
-    used += (size_t(n) * sizeof(T) + 63) / 64 * 64 + 64;
+    const size_t taken = (bytes + 63) / 64 * 64 + 64;
+#if defined(__SANITIZE_ADDRESS__)
+    if (base) {
+      __asan_unpoison_memory_region(p, bytes);
+      __asan_poison_memory_region(base + used + bytes, taken - bytes);
+    }
+#endif
+    used += taken;
     return p;
   }
 };
