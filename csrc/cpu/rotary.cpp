@@ -198,7 +198,7 @@ MMFAST_INLINE void forward_heads(const RotaryParams& p, int64_t dim, bool norm, 
 
 // With g the gradient turned back, y = x rstd and w the norm's weight:
 //   dw += g y;  dx = (g w - y avg(g w y)) rstd.
-// scratch: [kGroup, padded(dim)]; dweight: this chunk's partial sum, to which the heads' sum is added.
+// scratch: [kGroup + 1, padded(dim)]; dweight: this chunk's partial sum, to which the heads' sum is added.
 template <int kDim, typename T, bool kStream>
 MMFAST_INLINE void norm_backward_heads(const RotaryParams& p, int64_t dim, const float* weight,
                                        const Turn& turn, const Heads<T>& heads, const Heads<T>& grads, T* out,
@@ -230,6 +230,8 @@ MMFAST_INLINE void norm_backward_heads(const RotaryParams& p, int64_t dim, const
     for (int k = 0; k < four.value; ++k) total[k] *= rstd[first + k] / float(dim);
     std::memcpy(mean + first, total, sizeof total);
   });
+  float* const of_heads = scratch + kGroup * padded(dim);
+  std::memset(of_heads, 0, size_t(padded(dim)) * sizeof(float));
   for (int h = 0; h < heads.count; ++h, out += dim) {
     const T* x = heads.head(h);
     heads.fetch_ahead(h, dim);
@@ -240,12 +242,14 @@ MMFAST_INLINE void norm_backward_heads(const RotaryParams& p, int64_t dim, const
       for (int k = 0; k < count.value; ++k) {
         const int64_t column = i + k * kLanes;
         const vf g = load(turned + column), y = get(x + column, n) * factor;
-        store(dweight + column, load(dweight + column) + g * y);
+        store(of_heads + column, load(of_heads + column) + g * y);
         v[k] = (g * weights.at(column) - y * average) * factor;
       }
       put_columns<kStream>(count, out + i, v, n);
     });
   }
+  for (int64_t i = 0; i < padded(dim); i += kLanes)
+    store(dweight + i, load(dweight + i) + load(of_heads + i));
 }
 
 // One side's norm weight by column, and by the other column of its pair; ones where it has none.
@@ -265,7 +269,7 @@ template <typename T, bool kBackward, bool kStream, int kDim>
 void run(const RotaryParams& p) {
   const int64_t dim = kDim ? kDim : p.dim;
   const int64_t stride = padded(dim) + 16, chunks = chunks_of(p.rows);  // a vector may reach past the end
-  const Scratch scratch(p.threads, (4 + kGroup) * stride);
+  const Scratch scratch(p.threads, (5 + kGroup) * stride);
   float* partials = allocate((chunks + 2) * 2 * stride);
   std::memset(partials, 0, size_t((chunks + 2) * 2 * stride) * sizeof(float));
   Weight weights[2];
