@@ -72,6 +72,12 @@ def test_edge_lengths(length):
 
 
 @needs_cpu
+def test_many_rows():
+    """The norm's weight gets a gradient from twelve heads of 9000 rows: a long sum in float32."""
+    check(tensors(9000, 9000, 64, heads=(12, 4), norm=True), [layout_of([9000], axes=3)])
+
+
+@needs_cpu
 def test_sections_and_base():
     layout = layout_of([40, 9], axes=3)
     got = check(tensors(49, 49, 128), [layout], sections=(16, 24, 24), base=1e6)
