@@ -23,8 +23,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds per call of each function, one number per round; in every round each has its turn, in a seeded order.
 
-    What is quick runs once before the clock starts, and so finds the caches as it leaves them itself. Otherwise its time
-    would hold what the one before left to do: to write back an output from the cache, to read its own code again.
+    What is quick runs once before the clock starts, and so finds the caches as it leaves them itself. Otherwise its
+    time would hold what the one before left to do: to write back an output from the cache, to read its own code again.
 
     Args:
         functions: name -> what to run; each runs before the measurement.
