@@ -146,7 +146,7 @@ class Forward {
 // them, and a row of them is used several times.
 template <typename P>
 bool by_position(const PackParams& p) {
-  constexpr int64_t kKept = 640 << 10;
+  constexpr int64_t kKept = 640 << 10;  // of a second-level cache of 1 MiB, beside the rows
   int64_t rows = 0;
   for (int m = 0; m < p.parts; ++m)
     if (p.part[m].tables) rows += p.part[m].table_rows[0];

@@ -125,9 +125,9 @@ class Buckets {
     }
     begin_ = new int64_t[count_ + 1];
     order_ = new int64_t[p.rows];
-    // Of each thread: its rows by bucket, then the place of the next one. Never more numbers than rows.
-    const int64_t useful = p.rows / (count_ + 1) + 1,
-                  stride = count_ + 8;  // no cache line belongs to two threads
+    // Each thread counts its rows by bucket, then knows where the next one goes. Threads that have fewer rows
+    // than there are buckets would only clear memory; no cache line belongs to two of them.
+    const int64_t useful = p.rows / (count_ + 1) + 1, stride = count_ + 8;
     const int team = int(useful < p.threads ? useful : p.threads);
     int64_t* places = new int64_t[team * stride]();
 #pragma omp parallel num_threads(team)

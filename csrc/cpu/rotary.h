@@ -25,8 +25,7 @@ struct RotaryParams {
   const uint8_t* inside;    // [rows]: the row belongs to the layout; the others' output is zero
   const int32_t* position;  // [rows, axes]
   int axes;
-  const double*
-      frequency;  // [3, dim / 2], in quarter turns per position: of each axis, zero at its others' pairs
+  const double* frequency;  // [3, dim / 2], quarter turns per position; zero where an axis has no part
   bool norm, interleaved;
   float eps;
   bool stream;

@@ -160,12 +160,12 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-// Calls body(Count<kGroup>, i, kLanes) for every kGroup vectors of a row, then body(Count<1>, i, n) for the
+// Calls body(Count<kCount>, i, kLanes) for every kCount vectors of a row, then body(Count<1>, i, n) for the
 // rest.
-template <int kGroup, typename Body>
+template <int kCount, typename Body>
 MMFAST_INLINE void for_each_group(int64_t dim, Body body) {
   int64_t i = 0;
-  for (; i + kGroup * kLanes <= dim; i += kGroup * kLanes) body(Count<kGroup>(), i, kLanes);
+  for (; i + kCount * kLanes <= dim; i += kCount * kLanes) body(Count<kCount>(), i, kLanes);
   for (; i < dim; i += kLanes) body(Count<1>(), i, dim - i < kLanes ? int(dim - i) : kLanes);
 }
 
