@@ -147,6 +147,7 @@ struct Forward {
   const int64_t keys = p.layout_k.length(item.sample);
   const Side side_q = side_of(p.layout_q, item.sample), side_k = side_of(p.layout_k, item.sample);
   int64_t ready = 0, written = 0;  // rows whose output is whole, and in memory
+  int64_t fetched = 0;             // rows whose queries are
   Lines later{nullptr};            // keys and values that are packed next
 
   // next: what this thread probably runs next.
@@ -155,9 +156,10 @@ struct Forward {
     const int64_t rows = item.end - item.begin;
     std::memset(w.started, 0, rows / kRows + 1);
     for (int64_t r = 0; r < rows; ++r) w.maximum[r] = -kInfinity, w.sum[r] = 0;
-    for (int64_t r = 0; r < rows && r < kBlockRows; r += kRows) prefetch_queries(r);
     for (int64_t key = 0; key < keys; key += capacity) {
       const int64_t end = key + capacity < keys ? key + capacity : keys;
+      fetched = 0;
+      fetch_queries(kBlockRows, kBlockRows);
       summarize_keys(key, end);
       for (int64_t r = 0; r < rows; r += kBlockRows) {
         const int64_t r_end = r + kBlockRows < rows ? r + kBlockRows : rows;
@@ -325,11 +327,11 @@ struct Forward {
     return {w.queries, units};
   }
 
-  // Fetches the queries of one tile of virtual rows, which lie too far apart for the hardware to do it.
-  void prefetch_queries(int64_t r) {
+  // Fetches the queries of up to n virtual rows before `end`, which lie too far apart for the hardware.
+  void fetch_queries(int64_t n, int64_t end) {
     const int64_t rows = item.end - item.begin;
-    for (int64_t i = r; i < r + kRows && i < rows; ++i) {
-      const int64_t row = item.begin + i;
+    for (end = end < rows ? end : rows; n > 0 && fetched < end; --n, ++fetched) {
+      const int64_t row = item.begin + fetched;
       prefetch_row(rows_of<T>(p.q, q0 + row / group, head_k * group + row % group).data, p.dim);
     }
   }
@@ -344,12 +346,13 @@ struct Forward {
                     w.summaries + first, w.bounds + first * kMaxModalities, w.bounds_set + first))
         continue;
       if (!q.data) q = queries(r, rows);
+      const int some = (kRows + panels - 1) / panels;
       for (int c = 0; c < panels; ++c) {
         if (mask.kinds[c] != kSkip) pack(first + c, begin, end, next);
         const Unit* panel = w.keys + (first + c) * units * kPanel;
         for (int t = 0; t * kRows < rows; ++t) {
-          if (c == 0) write(kRows);
-          if (c == 0 && key == begin) prefetch_queries(r + kBlockRows + t * kRows);
+          write(some);
+          fetch_queries(some, r + 2 * kBlockRows);
           const Span span = mask.spans[t][c];
           if (span.begin == span.end) continue;
           multiply<Units>(rows - t * kRows < kRows ? rows - t * kRows : kRows, span.end - span.begin,
