@@ -223,7 +223,7 @@ struct Backward {
     for (int64_t j = 0; j < n * kPanel; j += kPanel) {
       vf s = load(weights + j);
       s = Units::kPack == 1 ? s * broadcast(scale.log2) - lse - low : s - lse;
-      const vf x = exp2_score<Units::kPack == 2>(s);
+      const vf x = exp2_approx<Units::kPack == 2>(s);
       error = error + x * (load(slopes + j) - delta);
       store(weights + j, x);
     }
@@ -369,7 +369,7 @@ struct Backward {
       s = s * broadcast(scale.log2) - broadcast(w.lse[r + i]) - broadcast(w.lse_low[r + i]);
     else
       s = s - broadcast(w.lse[r + i]);
-    c.x = exp2_score<Units::kPack == 2>(s);
+    c.x = exp2_approx<Units::kPack == 2>(s);
     if (masked) {
       const vi seen = lanes_of(bits, column % kPanel);
       c.x = select(seen, c.x, vf{});

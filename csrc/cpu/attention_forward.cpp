@@ -26,7 +26,7 @@ struct Buffers {
   Unit* queries;        // [kBlockRows][dim units], where q cannot be read in place
   Unit* scratch;
   float* scores;               // [kBlockRows][kScores]; probabilities replace them in place
-  float *out, *maximum, *sum;  // per virtual row of the item
+  float *out, *maximum, *sum;  // per virtual row of the item; the maximum in units of log2
   float* alpha;                // per row of a block, or of a panel of few queries
   uint8_t* started;            // per tile: out holds something
   TileSummary* summaries;
@@ -99,14 +99,13 @@ MMFAST_INLINE void store_weights(uint32_t* row, int j, vf x) {
   store(reinterpret_cast<bf16*>(row) + j, x);
 }
 
-// Replaces one row's scores by 2^(scale * (score - maximum)), as units of the next product, and returns the
+// Replaces one row's scores by 2^(scale * score - shift), as units of the next product, and returns the
 // sum of each lane.
 template <class Units, bool drop>
-MMFAST_INLINE vf weigh_row(float* s, const Span* spans, int first, int panels, float scale, float maximum,
+MMFAST_INLINE vf weigh_row(float* s, const Span* spans, int first, int panels, float scale, float shift,
                            const Dropout& dropout) {
   auto* weights = reinterpret_cast<typename Units::Unit*>(s);
-  [[maybe_unused]] const vf factor = broadcast(scale);
-  const vf shift = broadcast(maximum);
+  const vf factor = broadcast(scale), highest = broadcast(shift);
   vf total = {};
   for (int p = first; p < panels; ++p) {
     const int end = p * kPanel + spans[p].end * kGroup;
@@ -117,9 +116,7 @@ MMFAST_INLINE vf weigh_row(float* s, const Span* spans, int first, int panels, f
                      dropout.key + uint32_t(p * kPanel), dropout.p);
     }
     for (int j = p * kPanel + spans[p].begin * kGroup; j < end; j += kLanes) {
-      vf exponent = load(s + j) - shift;
-      if constexpr (Units::kPack == 1) exponent = exponent * factor;
-      vf x = exp2_score<Units::kPack == 2>(exponent);
+      vf x = exp2_approx<Units::kPack == 2>(load(s + j) * factor - highest);
       total = total + x;
       if constexpr (drop) {
         x = select(lanes_of(stays, j - p * kPanel), x * broadcast(1.0f / (1.0f - dropout.p)), vf{});
@@ -284,13 +281,10 @@ struct Forward {
       other = vmax(other, load(s + kPanel));
     }
     if (n % 2) highest = vmax(highest, load(end - kPanel));
-    const vf before = load(w.maximum + r + column);
-    const vf maximum = vmax(before, vmax(highest, other));
-    const vf shift = select(maximum == broadcast(-kInfinity), vf{}, maximum), factor = broadcast(scale.log2);
-    auto weight = [&](const float* s) {
-      const vf exponent = load(s) - shift;
-      return exp2_score<Units::kPack == 2>(Units::kPack == 1 ? exponent * factor : exponent);
-    };
+    const vf before = load(w.maximum + r + column), factor = broadcast(scale.log2);
+    const vf maximum = vmax(before, vmax(highest, other) * factor);
+    const vf shift = select(maximum == broadcast(-kInfinity), vf{}, maximum);
+    auto weight = [&](const float* s) { return exp2_approx<Units::kPack == 2>(load(s) * factor - shift); };
     vf total = {}, odd = {};
     Unit* units_of = reinterpret_cast<Unit*>(begin);
     for (float* s = begin; s < end; s += 2 * kPanel) {
@@ -306,7 +300,7 @@ struct Forward {
         units_of += kPanel;
       }
     }
-    const vf alpha = exp2_score<false>((before - shift) * factor);
+    const vf alpha = exp2_approx(before - shift);
     store(w.alpha + column, alpha);
     store(w.sum + r + column, load(w.sum + r + column) * alpha + (total + odd));
     store(w.maximum + r + column, maximum);
@@ -391,11 +385,11 @@ struct Forward {
       maximum[i] = max_lanes(lanes[i]);
     }
     for (int i = 0; i < kLanesOfRows; i += kLanes) {
-      const vf b = load(before + i), m = vmax(load(maximum + i), b);
+      const vf b = load(before + i), m = vmax(load(maximum + i) * broadcast(scale.log2), b);
       const vf d = select(m == broadcast(-kInfinity), vf{}, m);
       store(maximum + i, m);
       store(shift + i, d);
-      store(alpha + i, exp2_score<false>((b - d) * broadcast(scale.log2)));
+      store(alpha + i, exp2_approx(b - d));
     }
     for (int i = 0; i < height; ++i) {
       if (p.dropout_p > 0) {
@@ -473,8 +467,7 @@ struct Forward {
           store_tail(out + d, x, int(p.dim - d));
       }
       p.lse[head * p.layout_q.total + q0 + row / group] =
-          empty ? -kInfinity
-                : float(double(w.maximum[r + i]) * scale.log2 * 0.6931471805599453 + std::log(sum));
+          empty ? -kInfinity : float(double(w.maximum[r + i]) * 0.6931471805599453 + std::log(sum));
     }
   }
 };

@@ -286,39 +286,10 @@ struct BlockMask {
   }
 };
 
-// 2^x for x <= 127; 0 for -inf, NaN for NaN. Relative error 8e-8, or 3e-6 where the result becomes a
-// bfloat16.
-template <bool coarse>
-MMFAST_INLINE vf exp2_score(vf x) {
-#if defined(__AVX512F__)
-  const __m512 v = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // the second operand where one is NaN
-  const __m512 whole = _mm512_roundscale_ps(v, 8);
-  const vf f = (vf)_mm512_sub_ps(v, whole);
-  vf p;
-  if constexpr (coarse) {
-    p = broadcast(9.5828530e-3f);
-    p = p * f + broadcast(5.5906426e-2f);
-    p = p * f + broadcast(2.4024099e-1f);
-    p = p * f + broadcast(6.9312417e-1f);
-  } else {
-    p = broadcast(1.5353362e-4f);
-    p = p * f + broadcast(1.3398874e-3f);
-    p = p * f + broadcast(9.6184370e-3f);
-    p = p * f + broadcast(5.5503324e-2f);
-    p = p * f + broadcast(2.4022648e-1f);
-    p = p * f + broadcast(6.9314720e-1f);
-  }
-  p = p * f + broadcast(1.0f);
-  return (vf)_mm512_scalef_ps((__m512)p, whole);
-#else
-  return exp2_approx(x);
-#endif
-}
-
 // tanh, relative error of a few units in the last place also near 0.
 MMFAST_INLINE vf tanh_score(vf x) {
   const vf magnitude = vmin(vabs(x), broadcast(9.1f));
-  const vf e = exp2_score<false>(magnitude * broadcast(2 * kLog2e));
+  const vf e = exp2_approx(magnitude * broadcast(2 * kLog2e));
   const vf large = broadcast(1.0f) - broadcast(2.0f) / (e + broadcast(1.0f));
   // Continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...))), which needs seven terms below 1.
   const vf s = magnitude * magnitude;

@@ -171,17 +171,32 @@ MMFAST_INLINE float max_lane(vf v) {
   return lane[0];
 }
 
-// 2^x for x <= 127, relative error below 3e-7; 0 for -inf, NaN for NaN. Below -126 it is 0 or gradually 0.
+// 2^x for x <= 127; 0 for -inf, NaN for NaN. Below -126 it is 0 or gradually 0. Relative error 8e-8; `coarse`
+// allows 3e-6, for what becomes a bfloat16.
+template <bool coarse = false>
 MMFAST_INLINE vf exp2_approx(vf x) {
 #if defined(__AVX512F__)
-  const __m512 v = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // the second operand where one is NaN
-  const __m512 power = _mm512_roundscale_ps(v, 8);
-  const vf f = (vf)_mm512_sub_ps(v, power);
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, 9);  // x - floor(x); 0 for -inf
+  vf p;
+  if constexpr (coarse) {
+    p = splat(1.3426704e-2f);
+    p = p * f + splat(5.2242436e-2f);
+    p = p * f + splat(2.4128023e-1f);
+    p = p * f + splat(6.9304484e-1f);
+  } else {
+    p = splat(2.1565985e-4f);
+    p = p * f + splat(1.2482288e-3f);
+    p = p * f + splat(9.6737752e-3f);
+    p = p * f + splat(5.5486184e-2f);
+    p = p * f + splat(2.4022909e-1f);
+    p = p * f + splat(6.9314706e-1f);
+  }
+  p = p * f + splat(1.0f);
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2^floor(x)
 #else
   const vf clamped = vmax(vmin(x, splat(127.0f)), splat(-127.0f));
   const vf shifted = clamped + splat(12582912.0f);        // 1.5 * 2^23: rounds to an integer in the low bits
   const vf f = clamped - (shifted - splat(12582912.0f));  // in [-0.5, 0.5]
-#endif
   vf p = splat(1.5353362e-4f);
   p = p * f + splat(1.3398874e-3f);
   p = p * f + splat(9.6184370e-3f);
@@ -189,9 +204,6 @@ MMFAST_INLINE vf exp2_approx(vf x) {
   p = p * f + splat(2.4022648e-1f);
   p = p * f + splat(6.9314720e-1f);
   p = p * f + splat(1.0f);
-#if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, power);
-#else
   const vi exponent = ((vi)shifted - 0x4b400000) << 23;
   const vf scaled = (vf)((vi)p + exponent);
   return select(x < splat(-126.0f), splat(0.0f), select(x != x, x, scaled));
