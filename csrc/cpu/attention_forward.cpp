@@ -26,6 +26,7 @@ struct Buffers {
   Unit* queries;        // [kBlockRows][dim units], where q cannot be read in place
   Unit* scratch;
   float* scores;               // [kBlockRows][kScores]; probabilities replace them in place
+  float* highest;              // [kBlockRows][kLanes]: of the scores that need no mask
   float *out, *maximum, *sum;  // per virtual row of the item; the maximum in units of log2
   float* alpha;                // per row of a block, or of a panel of few queries
   uint8_t* started;            // per tile: out holds something
@@ -43,6 +44,7 @@ struct Buffers {
     queries = arena.take<Unit>(kBlockRows * dim);
     scratch = arena.take<Unit>((kGroup + 1) * dim);
     scores = arena.take<float>(kBlockRows * kScores);
+    highest = arena.take<float>(kBlockRows * kLanes);
     out = arena.take<float>(rows * narrow);
     maximum = arena.take<float>(round_up(rows, kGroup));
     sum = arena.take<float>(round_up(rows, kGroup));
@@ -58,29 +60,31 @@ struct Buffers {
   }
 };
 
-// Softcap of one row's scores, which come in units of the cap.
-void cap_row(float* s, const Span* spans, int panels, float factor) {
+// Softcap of one row's scores, which come in units of the cap. Returns the maximum of each lane over the
+// panels that need no mask.
+vf cap_row(float* s, const Span* spans, int panels, float factor) {
+  vf highest = broadcast(-kInfinity);
   for (int p = 0; p < panels; ++p)
-    for (int j = p * kPanel + spans[p].begin * kGroup; j < p * kPanel + spans[p].end * kGroup; j += kLanes)
-      store(s + j, tanh_score(load(s + j)) * broadcast(factor));
+    for (int j = p * kPanel + spans[p].begin * kGroup; j < p * kPanel + spans[p].end * kGroup; j += kLanes) {
+      const vf x = tanh_score(load(s + j)) * broadcast(factor);
+      store(s + j, x);
+      if (spans[p].full) highest = vmax(highest, x);
+    }
+  return highest;
 }
 
-// Masks one row's scores and returns the maximum of each lane.
+// Masks the scores of one row's mixed panels and returns the maximum of each lane; `highest` is that of the
+// others.
 MMFAST_INLINE vf mask_row(float* s, const Span* spans, const ForwardMask& mask, int first, int panels,
-                          int row) {
-  vf highest = broadcast(-kInfinity);
+                          int row, vf highest) {
   for (int p = first; p < panels; ++p) {
+    if (spans[p].full) continue;
     float* panel = s + p * kPanel;
-    const int begin = spans[p].begin * kGroup, end = spans[p].end * kGroup;
-    if (spans[p].full) {
-      for (int j = begin; j < end; j += kLanes) highest = vmax(highest, load(panel + j));
-    } else {
-      const uint64_t bits = mask.bits[p][row];
-      for (int j = begin; j < end; j += kLanes) {
-        const vf x = select(lanes_of(bits, j), load(panel + j), broadcast(-kInfinity));
-        store(panel + j, x);
-        highest = vmax(highest, x);
-      }
+    const uint64_t bits = mask.bits[p][row];
+    for (int j = spans[p].begin * kGroup; j < spans[p].end * kGroup; j += kLanes) {
+      const vf x = select(lanes_of(bits, j), load(panel + j), broadcast(-kInfinity));
+      store(panel + j, x);
+      highest = vmax(highest, x);
     }
   }
   return highest;
@@ -340,6 +344,7 @@ struct Forward {
                     w.summaries + first, w.bounds + first * kMaxModalities, w.bounds_set + first))
         continue;
       if (!q.data) q = queries(r, rows);
+      for (int i = 0; i < rows; ++i) store(w.highest + i * kLanes, broadcast(-kInfinity));
       const int some = (kRows + panels - 1) / panels;
       for (int c = 0; c < panels; ++c) {
         if (mask.kinds[c] != kSkip) pack(first + c, begin, end, next);
@@ -352,7 +357,8 @@ struct Forward {
           multiply<Units>(rows - t * kRows < kRows ? rows - t * kRows : kRows, span.end - span.begin,
                           q.data + t * kRows * q.stride, q.stride, 1, panel + span.begin * kGroup, units,
                           w.scores + t * kRows * kScores + c * kPanel + span.begin * kGroup, kScores,
-                          {Store::set, scale.product, nullptr, later.take(units)});
+                          {Store::set, scale.product, nullptr, later.take(units),
+                           span.full && p.softcap == 0 ? w.highest + t * kRows * kLanes : nullptr});
         }
       }
       for (int t = 0; t * kRows < rows; ++t) {
@@ -377,8 +383,10 @@ struct Forward {
     float before[kLanesOfRows] = {}, maximum[kLanesOfRows] = {}, shift[kLanesOfRows], alpha[kLanesOfRows];
     vf lanes[kRows];
     for (int i = 0; i < height; ++i) {
-      if (p.softcap > 0) cap_row(tile + i * kScores, spans, panels, scale.cap);
-      lanes[i] = mask_row(tile + i * kScores, spans, *w.mask, seen, panels, t * kRows + i);
+      float* const row = tile + i * kScores;
+      lanes[i] =
+          p.softcap > 0 ? cap_row(row, spans, panels, scale.cap) : load(w.highest + (t * kRows + i) * kLanes);
+      lanes[i] = mask_row(row, spans, *w.mask, seen, panels, t * kRows + i, lanes[i]);
     }
     for (int i = 0; i < height; ++i) {
       before[i] = w.maximum[first + i];

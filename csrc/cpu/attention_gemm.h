@@ -71,6 +71,7 @@ struct Epilogue {
   float factor;
   const float* alpha;
   const char* const* lines = nullptr;  // of memory: each step of the product fetches one
+  float* highest = nullptr;            // with `set`: [rows][kLanes], raised to the maximum of each lane
 };
 
 template <class Units, int R, int V, bool fetch>
@@ -98,7 +99,18 @@ __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int j = 0; j < V; ++j) store(c + r * c_row + j * kLanes, sum[r][j] * factor);
+        for (int j = 0; j < V; ++j) {
+          sum[r][j] = sum[r][j] * factor;
+          store(c + r * c_row + j * kLanes, sum[r][j]);
+        }
+      if (!epilogue.highest) break;
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        vf highest = load(epilogue.highest + r * kLanes);
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) highest = vmax(highest, sum[r][j]);
+        store(epilogue.highest + r * kLanes, highest);
+      }
       break;
     }
     case Store::add:
