@@ -28,6 +28,7 @@ struct Buffers {
   float* scores;               // [kBlockRows][kScores]; probabilities replace them in place
   float* highest;              // [kBlockRows][kLanes]: of the scores that need no mask
   float *out, *maximum, *sum;  // per virtual row of the item; the maximum in units of log2
+  float *lse, *factor;         // per row that is whole: log-sum-exp, and 1 / sum
   float* alpha;                // per row of a block, or of a panel of few queries
   uint8_t* started;            // per tile: out holds something
   TileSummary* summaries;
@@ -48,6 +49,8 @@ struct Buffers {
     out = arena.take<float>(rows * narrow);
     maximum = arena.take<float>(round_up(rows, kGroup));
     sum = arena.take<float>(round_up(rows, kGroup));
+    lse = arena.take<float>(round_up(rows, kGroup));
+    factor = arena.take<float>(round_up(rows, kGroup));
     alpha = arena.take<float>(kBlockRows > kPanel ? kBlockRows : kPanel);
     started = arena.take<uint8_t>(rows / kRows + 1);
     summaries = arena.take<TileSummary>(panels);
@@ -165,10 +168,10 @@ struct Forward {
       for (int64_t r = 0; r < rows; r += kBlockRows) {
         const int64_t r_end = r + kBlockRows < rows ? r + kBlockRows : rows;
         block(r, int(r_end - r), key, end, next);
-        if (end == keys) ready = r_end;
+        if (end == keys) complete(r, r_end);
       }
     }
-    ready = rows;
+    if (keys == 0) complete(0, rows);
     write(rows);
   }
 
@@ -252,6 +255,7 @@ struct Forward {
           pack_rows_of<Units, T>([&](int64_t i) { return v.data + i * v.stride; }, n, p.dim,
                                  capacity / Units::kPack, w.values);
         for (int j = 0; j < width; j += kLanes) weigh_columns(j, r, n);
+        if (key + n == keys) complete(r, r + width);
         const Store kind = key == 0 ? Store::set : Store::rescale;
         for (int i = 0; i < width; i += kRows) {
           const int height = width - i < kRows ? width - i : kRows;
@@ -265,7 +269,10 @@ struct Forward {
       }
       later.rest();
     }
-    if (keys == 0) finish(0, rows);
+    if (keys == 0) {
+      complete(0, rows);
+      finish(0, rows);
+    }
   }
 
   // Keys between two rescalings of few queries.
@@ -451,6 +458,19 @@ struct Forward {
     }
   }
 
+  // The rows from begin, a multiple of kLanes, to end have met all their keys.
+  void complete(int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r += kLanes) {
+      const vf sum = load(w.sum + r), maximum = load(w.maximum + r);
+      const vf lse =
+          maximum * broadcast(0.69314718f) + (maximum * broadcast(-1.9046543e-9f) + log_approx(sum));
+      const vi empty = sum == vf{};
+      store(w.lse + r, select(empty, broadcast(-kInfinity), lse));
+      store(w.factor + r, select(empty, vf{}, broadcast(1.0f) / sum));
+    }
+    ready = end;
+  }
+
   // Writes up to n of the rows that are ready. A block of them at once would wait for memory.
   void write(int64_t n) {
     const int64_t rows = n < ready - written ? n : ready - written;
@@ -463,10 +483,9 @@ struct Forward {
       const int64_t row = item.begin + r + i;
       const int head = int(head_k * group + row % group);
       T* out = const_cast<T*>(rows_of<T>(p.out, q0 + row / group, head).data);
-      const float sum = w.sum[r + i];
       const float* acc = w.out + (r + i) * narrow;
-      const bool empty = !w.started[(r + i) / kRows] || sum == 0;
-      const vf factor = broadcast(empty ? 0.0f : 1.0f / sum);
+      const bool empty = w.lse[r + i] == -kInfinity;
+      const vf factor = broadcast(w.factor[r + i]);
       for (int64_t d = 0; d < p.dim; d += kLanes) {
         const vf x = empty ? vf{} : load(acc + d) * factor;
         if (d + kLanes <= p.dim)
@@ -474,8 +493,7 @@ struct Forward {
         else
           store_tail(out + d, x, int(p.dim - d));
       }
-      p.lse[head * p.layout_q.total + q0 + row / group] =
-          empty ? -kInfinity : float(double(w.maximum[r + i]) * 0.6931471805599453 + std::log(sum));
+      p.lse[head * p.layout_q.total + q0 + row / group] = w.lse[r + i];
     }
   }
 };

@@ -210,6 +210,23 @@ MMFAST_INLINE vf exp2_approx(vf x) {
 #endif
 }
 
+// Natural logarithm of a positive, normal x, NaN for NaN; relative error 2e-7.
+MMFAST_INLINE vf log_approx(vf x) {
+  const vi exponent =
+      ((vi)x - 0x3f3504f3) >> 23;  // x = 2^exponent * (1 + f), 1 + f from sqrt(1/2) to sqrt(2)
+  const vf f = (vf)((vi)x - (exponent << 23)) - splat(1.0f);
+  vf p = splat(8.7004013e-2f);
+  p = p * f + splat(-1.4266932e-1f);
+  p = p * f + splat(1.4914508e-1f);
+  p = p * f + splat(-1.6577652e-1f);
+  p = p * f + splat(1.9963101e-1f);
+  p = p * f + splat(-2.5001335e-1f);
+  p = p * f + splat(3.3333910e-1f);
+  p = p * f + splat(-0.5f);
+  const vf log = __builtin_convertvector(exponent, vf) * splat(0.69314718f) + (p * (f * f) + f);
+  return select(x != x, x, log);
+}
+
 MMFAST_INLINE vf exp_approx(vf x) {
   return exp2_approx(x * splat(1.44269504f));
 }
