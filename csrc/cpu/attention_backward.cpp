@@ -38,6 +38,7 @@ struct Buffers {
   uint32_t* bounds_set;
   BackwardMask* mask;
   const char **lines_of_values, **lines_of_keys;  // of few queries
+  const char** lines_of_rows;
 
   void lay_out(Arena& arena, int64_t dim, int64_t rows) {
     const int64_t units = dim / Units::kPack, wide = round_up(dim, kPanel), narrow = round_up(dim, kGroup);
@@ -65,6 +66,7 @@ struct Buffers {
     mask = arena.take<BackwardMask>(1);
     lines_of_values = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
     lines_of_keys = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
+    lines_of_rows = arena.take<const char*>(room_of<Units>(2 * kScores, dim));
   }
 };
 
@@ -101,8 +103,9 @@ struct Backward {
 
   // next: what this thread probably runs next.
   void run(const Backward& next) {
-    prepare();
+    std::memset(w.started, 0, rows_all / kRows + 1);
     if (is_few()) {
+      prepare(0, rows_all);
       few_queries(next);
       return finish_queries();
     }
@@ -113,22 +116,20 @@ struct Backward {
     finish_queries();
   }
 
-  void prepare() {
-    std::memset(w.started, 0, rows_all / kRows + 1);
-    for (int64_t r = 0; r < rows_all; ++r) {
+  void prepare(int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
       const float lse = p.lse[(head_k * group + r % group) * p.layout_q.total + q0 + r / group];
       const double log2 = double(lse) * 1.4426950408889634;
       w.lse[r] = lse == -kInfinity ? kInfinity : float(log2);
       w.lse_low[r] = lse == -kInfinity ? 0 : float(log2 - double(float(log2)));
     }
-    for (int64_t r = 0; r < rows_all; r += kGroup)
-      deltas(r, rows_all - r < kGroup ? int(rows_all - r) : kGroup);
+    for (int64_t r = begin; r < end; r += kGroup) deltas(r, end - r < kGroup ? int(end - r) : kGroup);
   }
 
   // rowsum(dout * out) in the order of the products dout v^T, so that dp - delta is exactly 0 for a row that
   // sees one key.
   void deltas(int64_t r, int rows) {
-    Unit *out = w.keys_t, *dout = w.values_t;  // not packed yet
+    Unit *out = w.queries_b, *dout = w.douts_b;  // not packed yet
     pack_group<Units, T>([&](int i) { return row_of(p.out, r + i); }, rows, p.dim, out, w.scratch);
     pack_group<Units, T>([&](int i) { return row_of(p.dout, r + i); }, rows, p.dim, dout, w.scratch);
     for (int j = 0; j < kGroup; j += kLanes) {
@@ -183,12 +184,10 @@ struct Backward {
     const Rows<T> k = rows_of<T>(p.k, k0 + key, head_k), v = rows_of<T>(p.v, k0 + key, head_k);
     Lines values(w.lines_of_values), later(w.lines_of_keys);
     add_rows(values, p.v, key, n);
-    values.end(units);
     if (key + n < item.end)
       add_rows(later, p.k, key + n, n);
     else
       next.add_rows(later, p.k, next.item.begin, next.few_keys());
-    later.end(kFewKeys > units ? kFewKeys : units);
     for (int r = 0; r < rows; r += kPanel) {
       const int width = rows - r < kPanel ? rows - r : kPanel, groups = int(round_up(width, kGroup)) / kGroup;
       multiply_in_place<Units>(k, p.dim, w.keys_t + r * units, groups, n, scale.product, w.p, values);
@@ -254,7 +253,6 @@ struct Backward {
     const int64_t steps = (width + Units::kPack - 1) / Units::kPack;
     Lines lines(w.lines_of_values);
     if (last) add_rows(lines, out, key, n);
-    lines.end(steps);
     for (int j = 0; j < n; j += kRows) {
       const int height = n - j < kRows ? n - j : kRows;
       for (int64_t d = 0; d < p.dim; d += kPanel)
@@ -284,10 +282,19 @@ struct Backward {
                            w.keys);
     std::memset(w.dk, 0, n * narrow * sizeof(float));
     std::memset(w.dv, 0, n * narrow * sizeof(float));
-    for (int64_t r = 0; r < rows_all; r += kBlockRows)
-      block(r, rows_all - r < kBlockRows ? int(rows_all - r) : kBlockRows, key, n, panels);
+    for (int64_t r = 0; r < rows_all; r += kBlockRows) {
+      const int rows = rows_all - r < kBlockRows ? int(rows_all - r) : kBlockRows;
+      if (key == item.begin) prepare(r, r + rows);
+      block(r, rows, key, n, panels);
+    }
     write_keys(p.dk, w.dk, key, n);
     write_keys(p.dv, w.dv, key, n);
+  }
+
+  // The rows of x of the block of queries at r, which lie too far apart for the hardware to fetch them.
+  void add_block(Lines& lines, const HeadsView& x, int64_t r) const {
+    for (const int64_t end = r + kBlockRows < rows_all ? r + kBlockRows : rows_all; r < end; ++r)
+      lines.add(Rows<T>{row_of(x, r), 0}, 1, p.dim);
   }
 
   // Rows of a block as A: [rows][units].
@@ -310,8 +317,15 @@ struct Backward {
     pack_rows_of<Units, T>([&](int64_t i) { return row_of(p.dout, r + i); }, rows, p.dim,
                            kBlockRows / Units::kPack, w.douts_b);
     const float keep = p.dropout_p > 0 ? 1 / (1 - p.dropout_p) : 1;
-    scores(q, w.keys_t, w.p, rows, panels, scale.product);
-    scores(dout, w.values_t, w.ds, rows, panels, p.scale * keep);
+    Lines lines(w.lines_of_rows);
+    if (r + rows == rows_all) add_rows(lines, p.dk, key, n);
+    add_block(lines, p.q, r + rows);
+    if (key == item.begin) add_block(lines, p.out, r + rows);
+    scores(q, w.keys_t, w.p, rows, panels, scale.product, lines);
+    lines = Lines(w.lines_of_rows);
+    if (r + rows == rows_all) add_rows(lines, p.dv, key, n);
+    add_block(lines, p.dout, r + rows);
+    scores(dout, w.values_t, w.ds, rows, panels, p.scale * keep, lines);
     const bool special = p.softcap > 0 || p.dropout_p > 0;
     for (int i = 0; i < rows && exact_delta; ++i)
       w.delta[r + i] = special ? delta_of<true>(r, i, key, panels) : delta_of<false>(r, i, key, panels);
@@ -326,17 +340,22 @@ struct Backward {
     for (int t = 0; t * kRows < rows; ++t) queries(t, r, rows, n, panels);
   }
 
-  void scores(const Rows<Unit>& a, const Unit* b, float* out, int rows, int panels, float factor) {
-    const Epilogue e{Store::set, factor, nullptr};
+  // The products fetch all lines, each its share.
+  void scores(const Rows<Unit>& a, const Unit* b, float* out, int rows, int panels, float factor,
+              Lines lines) {
+    Epilogue e{Store::set, factor, nullptr};
+    const int64_t share = lines.left() * kRows / (rows * panels) + 1;
     for (int c = 0; c < panels; ++c)
       for (int t = 0; t * kRows < rows; ++t) {
         const Span span = w.mask->spans[t][c];
         if (span.begin == span.end) continue;
+        e.fetch = lines.take(share < units ? share : units);
         multiply<Units>(rows - t * kRows < kRows ? rows - t * kRows : kRows, span.end - span.begin,
                         a.data + t * kRows * a.stride, a.stride, 1,
                         b + c * kPanel * units + span.begin * kGroup, units,
                         out + t * kRows * kScores + c * kPanel + span.begin * kGroup, kScores, e);
       }
+    lines.rest();
   }
 
   // Which keys of the panel at `key` dropout leaves to a virtual row.

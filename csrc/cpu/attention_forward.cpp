@@ -36,7 +36,7 @@ struct Buffers {
   uint32_t* bounds_set;
   bool* packed;
   ForwardMask* mask;
-  const char **lines_of_keys, **lines_of_values;
+  const char **lines_of_keys, **lines_of_values, **lines_of_rows;
 
   void lay_out(Arena& arena, int64_t dim, int64_t panels, int64_t rows) {
     const int64_t units = dim / Units::kPack, wide = round_up(dim, kPanel), narrow = round_up(dim, kGroup);
@@ -60,6 +60,7 @@ struct Buffers {
     mask = arena.take<ForwardMask>(1);
     lines_of_keys = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
     lines_of_values = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
+    lines_of_rows = arena.take<const char*>(room_of<Units>(2 * kBlockRows, dim));
   }
 };
 
@@ -150,9 +151,12 @@ struct Forward {
   const int64_t q0 = p.layout_q.begin(item.sample), k0 = p.layout_k.begin(item.sample);
   const int64_t keys = p.layout_k.length(item.sample);
   const Side side_q = side_of(p.layout_q, item.sample), side_k = side_of(p.layout_k, item.sample);
-  int64_t ready = 0, written = 0;  // rows whose output is whole, and in memory
-  int64_t fetched = 0;             // rows whose queries are
-  Lines later{nullptr};            // keys and values that are packed next
+  Lines later{nullptr};  // keys and values that are packed next
+
+  const T* row_of(const HeadsView& x, int64_t r) const {
+    const int64_t row = item.begin + r;
+    return rows_of<T>(x, q0 + row / group, head_k * group + row % group).data;
+  }
 
   // next: what this thread probably runs next.
   void run(const Forward& next) {
@@ -162,17 +166,14 @@ struct Forward {
     for (int64_t r = 0; r < rows; ++r) w.maximum[r] = -kInfinity, w.sum[r] = 0;
     for (int64_t key = 0; key < keys; key += capacity) {
       const int64_t end = key + capacity < keys ? key + capacity : keys;
-      fetched = 0;
-      fetch_queries(kBlockRows, kBlockRows);
       summarize_keys(key, end);
       for (int64_t r = 0; r < rows; r += kBlockRows) {
-        const int64_t r_end = r + kBlockRows < rows ? r + kBlockRows : rows;
-        block(r, int(r_end - r), key, end, next);
-        if (end == keys) complete(r, r_end);
+        const int n = rows - r < kBlockRows ? int(rows - r) : kBlockRows;
+        block(r, n, key, end, next);
+        if (end == keys) finish(r, n);
       }
     }
-    if (keys == 0) complete(0, rows);
-    write(rows);
+    if (keys == 0) finish(0, int(rows));
   }
 
   void summarize_keys(int64_t begin, int64_t end) {
@@ -199,7 +200,6 @@ struct Forward {
       add_panel(later, after);
     else
       next.add_panel(later, 0);
-    later.end(units);
   }
 
   void add_panel(Lines& lines, int64_t key) const {
@@ -221,12 +221,8 @@ struct Forward {
   void few_queries(const Forward& next) {
     const int rows = int(item.end - item.begin);
     for (int r = 0; r < rows; r += kGroup) {
-      auto row_of = [&](int i) {
-        const int64_t row = item.begin + r + i;
-        return rows_of<T>(p.q, q0 + row / group, head_k * group + row % group).data;
-      };
-      pack_group<Units, T>(row_of, rows - r < kGroup ? rows - r : kGroup, p.dim,
-                           w.keys + r / kPanel * units * kPanel + r % kPanel, w.scratch);
+      pack_group<Units, T>([&](int i) { return row_of(p.q, r + i); }, rows - r < kGroup ? rows - r : kGroup,
+                           p.dim, w.keys + r / kPanel * units * kPanel + r % kPanel, w.scratch);
       for (int i = 0; i < kGroup; i += kLanes) {
         store(w.maximum + r + i, broadcast(-kInfinity));
         store(w.sum + r + i, vf{});
@@ -241,12 +237,10 @@ struct Forward {
       Lines values(w.lines_of_values);
       later = Lines(w.lines_of_keys);
       add_rows(values, p.v, key, n);
-      values.end(units);
       if (key + n < keys)
         add_rows(later, p.k, key + n, step);
       else
         next.add_rows(later, p.k, 0, next.few_keys());
-      later.end(steps);
       for (int r = 0; r < rows; r += kPanel) {
         const int width = rows - r < kPanel ? rows - r : kPanel;
         multiply_in_place<Units>(k, p.dim, w.keys + r * units, int(round_up(width, kGroup)) / kGroup, n,
@@ -255,7 +249,7 @@ struct Forward {
           pack_rows_of<Units, T>([&](int64_t i) { return v.data + i * v.stride; }, n, p.dim,
                                  capacity / Units::kPack, w.values);
         for (int j = 0; j < width; j += kLanes) weigh_columns(j, r, n);
-        if (key + n == keys) complete(r, r + width);
+        if (key + n == keys) complete(r, width);
         const Store kind = key == 0 ? Store::set : Store::rescale;
         for (int i = 0; i < width; i += kRows) {
           const int height = width - i < kRows ? width - i : kRows;
@@ -264,15 +258,12 @@ struct Forward {
                             reinterpret_cast<const Unit*>(w.scores) + i, 1, kPanel,
                             w.values + d * (capacity / Units::kPack), steps, w.out + (r + i) * narrow + d,
                             narrow, {kind, 1.0f, w.alpha + i, later.take(steps)});
-          if (key + n == keys) finish(r + i, height);
+          if (key + n == keys) write(r + i, height);
         }
       }
       later.rest();
     }
-    if (keys == 0) {
-      complete(0, rows);
-      finish(0, rows);
-    }
+    if (keys == 0) finish(0, rows);
   }
 
   // Keys between two rescalings of few queries.
@@ -324,21 +315,14 @@ struct Forward {
       const Rows<T> q = rows_of<T>(p.q, q0 + item.begin + r, head_k);
       return {reinterpret_cast<const Unit*>(q.data), q.stride / Units::kPack};
     }
-    for (int i = 0; i < rows; ++i) {
-      const int64_t row = item.begin + r + i;
-      copy_row(rows_of<T>(p.q, q0 + row / group, head_k * group + row % group).data, p.dim,
-               w.queries + i * units);
-    }
+    for (int i = 0; i < rows; ++i) copy_row(row_of(p.q, r + i), p.dim, w.queries + i * units);
     return {w.queries, units};
   }
 
-  // Fetches the queries of up to n virtual rows before `end`, which lie too far apart for the hardware.
-  void fetch_queries(int64_t n, int64_t end) {
-    const int64_t rows = item.end - item.begin;
-    for (end = end < rows ? end : rows; n > 0 && fetched < end; --n, ++fetched) {
-      const int64_t row = item.begin + fetched;
-      prefetch_row(rows_of<T>(p.q, q0 + row / group, head_k * group + row % group).data, p.dim);
-    }
+  // The rows of x of the block of queries at r, which lie too far apart for the hardware to fetch them.
+  void add_block(Lines& lines, const HeadsView& x, int64_t r) const {
+    const int64_t after = r + kBlockRows, rows = item.end - item.begin;
+    for (; r < after && r < rows; ++r) lines.add(Rows<T>{row_of(x, r), 0}, 1, p.dim);
   }
 
   void block(int64_t r, int rows, int64_t begin, int64_t end, const Forward& next) {
@@ -350,15 +334,20 @@ struct Forward {
       if (!mask.set(p.mask, is_trivial, side_q, item.begin + r, rows, group, side_k, key, end, panels,
                     w.summaries + first, w.bounds + first * kMaxModalities, w.bounds_set + first))
         continue;
-      if (!q.data) q = queries(r, rows);
+      Lines lines(w.lines_of_rows);
+      if (!q.data) {
+        q = queries(r, rows);
+        if (end == keys) add_block(lines, p.out, r);
+        if (item.begin + r + rows < item.end)
+          add_block(lines, p.q, r + rows);
+        else
+          next.add_block(lines, p.q, 0);
+      }
       for (int i = 0; i < rows; ++i) store(w.highest + i * kLanes, broadcast(-kInfinity));
-      const int some = (kRows + panels - 1) / panels;
       for (int c = 0; c < panels; ++c) {
         if (mask.kinds[c] != kSkip) pack(first + c, begin, end, next);
         const Unit* panel = w.keys + (first + c) * units * kPanel;
         for (int t = 0; t * kRows < rows; ++t) {
-          write(some);
-          fetch_queries(some, r + 2 * kBlockRows);
           const Span span = mask.spans[t][c];
           if (span.begin == span.end) continue;
           multiply<Units>(rows - t * kRows < kRows ? rows - t * kRows : kRows, span.end - span.begin,
@@ -368,12 +357,12 @@ struct Forward {
                            span.full && p.softcap == 0 ? w.highest + t * kRows * kLanes : nullptr});
         }
       }
-      for (int t = 0; t * kRows < rows; ++t) {
-        weigh(t, r, rows, key, panels);
-      }
+      for (int t = 0; t * kRows < rows; ++t) weigh(t, r, rows, key, panels);
+      const int64_t share = lines.left() * kRows / rows + 1;
       for (int t = 0; t * kRows < rows; ++t)
         accumulate(t, r, rows, (key - begin) / Units::kPack,
-                   int((end - key + Units::kPack - 1) / Units::kPack), panels);
+                   int((end - key + Units::kPack - 1) / Units::kPack), panels, lines, share);
+      lines.rest();
     }
   }
 
@@ -429,7 +418,8 @@ struct Forward {
   }
 
   // out += weights * v for one tile of rows; neighbouring panels form one product.
-  void accumulate(int t, int64_t r, int rows, int64_t first, int left, int panels) {
+  void accumulate(int t, int64_t r, int rows, int64_t first, int left, int panels, Lines& lines,
+                  int64_t share) {
     const Span* spans = w.mask->spans[t];
     const int height = rows - t * kRows < kRows ? rows - t * kRows : kRows;
     uint8_t& started = w.started[r / kRows + t];
@@ -448,6 +438,7 @@ struct Forward {
       Epilogue e{!started ? Store::set : fresh ? Store::rescale : Store::add, 1.0f, w.alpha + t * kRows};
       for (int64_t d = 0; d < p.dim; d += kPanel) {
         const int64_t width = narrow - d < kPanel ? narrow - d : kPanel;
+        e.fetch = lines.take(end - begin < share ? end - begin : share);
         multiply<Units>(height, int(width) / kGroup,
                         reinterpret_cast<const Unit*>(w.scores + t * kRows * kScores) + begin, kScores, 1,
                         w.values + d / kPanel * (capacity / Units::kPack) * kPanel + (first + begin) * kPanel,
@@ -458,9 +449,14 @@ struct Forward {
     }
   }
 
-  // The rows from begin, a multiple of kLanes, to end have met all their keys.
-  void complete(int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r += kLanes) {
+  void finish(int64_t r, int rows) {
+    complete(r, rows);
+    write(r, rows);
+  }
+
+  // The rows from r on, a multiple of kLanes, have met all their keys.
+  void complete(int64_t r, int rows) {
+    for (const int64_t end = r + rows; r < end; r += kLanes) {
       const vf sum = load(w.sum + r), maximum = load(w.maximum + r);
       const vf lse =
           maximum * broadcast(0.69314718f) + (maximum * broadcast(-1.9046543e-9f) + log_approx(sum));
@@ -468,17 +464,9 @@ struct Forward {
       store(w.lse + r, select(empty, broadcast(-kInfinity), lse));
       store(w.factor + r, select(empty, vf{}, broadcast(1.0f) / sum));
     }
-    ready = end;
   }
 
-  // Writes up to n of the rows that are ready. A block of them at once would wait for memory.
-  void write(int64_t n) {
-    const int64_t rows = n < ready - written ? n : ready - written;
-    finish(written, int(rows));
-    written += rows;
-  }
-
-  void finish(int64_t r, int rows) {
+  void write(int64_t r, int rows) {
     for (int i = 0; i < rows; ++i) {
       const int64_t row = item.begin + r + i;
       const int head = int(head_k * group + row % group);

@@ -66,20 +66,26 @@ MMFAST_INLINE void store_pair(uint32_t* units, vf first, vf second) {
 // What happens to a tile of sums: c = factor * sum, c += sum, or c = c * alpha[row] + sum.
 enum class Store { set, add, rescale };
 
+// Cache lines of memory that a product fetches, one with each of its first n steps.
+struct Fetch {
+  const char* const* lines;
+  int64_t n;
+};
+
 struct Epilogue {
   Store store;
   float factor;
   const float* alpha;
-  const char* const* lines = nullptr;  // of memory: each step of the product fetches one
-  float* highest = nullptr;            // with `set`: [rows][kLanes], raised to the maximum of each lane
+  Fetch fetch = {nullptr, 0};
+  float* highest = nullptr;  // with `set`: [rows][kLanes], raised to the maximum of each lane
 };
 
-template <class Units, int R, int V, bool fetch>
+template <class Units, int R, int V>
 __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row, int64_t a_step,
                                     const typename Units::Unit* b, int64_t n, float* c, int64_t c_row,
                                     const Epilogue& epilogue) {
   vf sum[R][V] = {};
-  for (int64_t i = 0; i < n; ++i) {
+  auto step = [&]() __attribute__((always_inline)) {
     typename Units::Vector column[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) column[j] = Units::load_units(b + j * kLanes);
@@ -89,10 +95,15 @@ __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) sum[r][j] = Units::multiply_add(sum[r][j], x, column[j]);
     }
-    if constexpr (fetch) __builtin_prefetch(epilogue.lines[i]);
     a += a_step;
     b += kPanel;
+  };
+  int64_t i = 0;
+  for (; i < epilogue.fetch.n; ++i) {
+    step();
+    __builtin_prefetch(epilogue.fetch.lines[i]);
   }
+  for (; i < n; ++i) step();
   switch (epilogue.store) {
     case Store::set: {
       const vf factor = broadcast(epilogue.factor);
@@ -136,23 +147,23 @@ __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row
   }
 }
 
-template <class Units, int V, bool fetch>
+template <class Units, int V>
 MMFAST_INLINE void tile_rows(int rows, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
                              const typename Units::Unit* b, int64_t n, float* c, int64_t c_row,
                              const Epilogue& e) {
   switch (rows) {
     case 6:
-      return tile<Units, 6, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 6, V>(a, a_row, a_step, b, n, c, c_row, e);
     case 5:
-      return tile<Units, 5, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 5, V>(a, a_row, a_step, b, n, c, c_row, e);
     case 4:
-      return tile<Units, 4, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 4, V>(a, a_row, a_step, b, n, c, c_row, e);
     case 3:
-      return tile<Units, 3, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 3, V>(a, a_row, a_step, b, n, c, c_row, e);
     case 2:
-      return tile<Units, 2, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 2, V>(a, a_row, a_step, b, n, c, c_row, e);
     default:
-      return tile<Units, 1, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 1, V>(a, a_row, a_step, b, n, c, c_row, e);
   }
 }
 
@@ -161,32 +172,25 @@ constexpr int tall_rows(int groups) {
   return MMFAST_VECTOR_BYTES == 64 && groups <= 2 ? 2 * kRows : kRows;
 }
 
-template <class Units, bool fetch>
-void multiply_groups(int rows, int groups, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
-                     const typename Units::Unit* b, int64_t n, float* c, int64_t c_row, const Epilogue& e) {
-#if MMFAST_VECTOR_BYTES == 64
-  switch (groups) {
-    case 4:
-      return tile_rows<Units, 4, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
-    case 3:
-      return tile_rows<Units, 3, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
-    case 2:
-      return tile_rows<Units, 2, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
-    default:
-      return tile_rows<Units, 1, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
-  }
-#else
-  for (int j = 0; j < groups * kGroup; j += kVecs * kLanes)
-    tile_rows<Units, kVecs, fetch>(rows, a, a_row, a_step, b + j, n, c + j, c_row, e);
-#endif
-}
-
 // c [rows <= 6][16 * groups] from a [rows][n] and b [n][16 * groups], groups <= 4.
 template <class Units>
 void multiply(int rows, int groups, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
               const typename Units::Unit* b, int64_t n, float* c, int64_t c_row, const Epilogue& e) {
-  if (e.lines) return multiply_groups<Units, true>(rows, groups, a, a_row, a_step, b, n, c, c_row, e);
-  multiply_groups<Units, false>(rows, groups, a, a_row, a_step, b, n, c, c_row, e);
+#if MMFAST_VECTOR_BYTES == 64
+  switch (groups) {
+    case 4:
+      return tile_rows<Units, 4>(rows, a, a_row, a_step, b, n, c, c_row, e);
+    case 3:
+      return tile_rows<Units, 3>(rows, a, a_row, a_step, b, n, c, c_row, e);
+    case 2:
+      return tile_rows<Units, 2>(rows, a, a_row, a_step, b, n, c, c_row, e);
+    default:
+      return tile_rows<Units, 1>(rows, a, a_row, a_step, b, n, c, c_row, e);
+  }
+#else
+  for (int j = 0; j < groups * kGroup; j += kVecs * kLanes)
+    tile_rows<Units, kVecs>(rows, a, a_row, a_step, b + j, n, c + j, c_row, e);
+#endif
 }
 
 // multiply() for up to tall_rows(groups) rows.
@@ -195,9 +199,8 @@ void multiply_tall(int rows, int groups, const typename Units::Unit* a, int64_t 
                    const typename Units::Unit* b, int64_t n, float* c, int64_t c_row, const Epilogue& e) {
   if constexpr (MMFAST_VECTOR_BYTES == 64) {
     if (rows == 2 * kRows) {
-      auto run = groups == 2 ? tile<Units, 2 * kRows, 2, false> : tile<Units, 2 * kRows, 1, false>;
-      if (e.lines) run = groups == 2 ? tile<Units, 2 * kRows, 2, true> : tile<Units, 2 * kRows, 1, true>;
-      return run(a, a_row, a_step, b, n, c, c_row, e);
+      if (groups == 2) return tile<Units, 2 * kRows, 2>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 2 * kRows, 1>(a, a_row, a_step, b, n, c, c_row, e);
     }
     if (rows > kRows) {
       multiply<Units>(kRows, groups, a, a_row, a_step, b, n, c, c_row, e);
@@ -231,17 +234,15 @@ class Lines {
     }
   }
 
-  // To be called after the last row; products have at most `most` steps.
-  void end(int64_t most) {
-    for (int64_t i = 0; i < most && count_; ++i) line_[count_ + i] = line_[count_ - 1];
+  // The next n, or as many as are left.
+  Fetch take(int64_t n) {
+    const char* const* first = line_ + taken_;
+    n = n < count_ - taken_ ? n : count_ - taken_;
+    taken_ += n;
+    return {first, n};
   }
 
-  // Those for a product of n steps, or null where none is left.
-  const char* const* take(int64_t n) {
-    if (taken_ >= count_) return nullptr;
-    taken_ += n;
-    return line_ + taken_ - n;
-  }
+  int64_t left() const { return count_ - taken_; }
 
   // Fetches what products have not.
   void rest() {

@@ -23,10 +23,10 @@ inline int64_t even_chunk(int64_t n, int64_t most, int64_t multiple) {
   const int64_t chunks = (n + most - 1) / most;
   return chunks ? round_up((n + chunks - 1) / chunks, multiple) : 0;
 }
-// Room for the cache lines of that many rows, and for a product's steps behind the last.
+// Room for the cache lines of that many rows.
 template <class Units>
 constexpr int64_t room_of(int64_t rows, int64_t dim) {
-  return rows * ((dim * 4 / Units::kPack + 63) / 64 + 1) + (dim > kFewKeys ? dim : kFewKeys);
+  return rows * ((dim * 4 / Units::kPack + 63) / 64 + 1);
 }
 
 constexpr float kLog2e = 1.44269504f;
