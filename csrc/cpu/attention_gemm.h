@@ -80,7 +80,7 @@ struct Epilogue {
   float* highest = nullptr;  // with `set`: [rows][kLanes], raised to the maximum of each lane
 };
 
-template <class Units, int R, int V>
+template <class Units, int R, int V, bool fetch>
 __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row, int64_t a_step,
                                     const typename Units::Unit* b, int64_t n, float* c, int64_t c_row,
                                     const Epilogue& epilogue) {
@@ -99,9 +99,11 @@ __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row
     b += kPanel;
   };
   int64_t i = 0;
-  for (; i < epilogue.fetch.n; ++i) {
-    step();
-    __builtin_prefetch(epilogue.fetch.lines[i]);
+  if constexpr (fetch) {
+    for (; i < epilogue.fetch.n; ++i) {
+      step();
+      __builtin_prefetch(epilogue.fetch.lines[i]);
+    }
   }
   for (; i < n; ++i) step();
   switch (epilogue.store) {
@@ -147,23 +149,23 @@ __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row
   }
 }
 
-template <class Units, int V>
+template <class Units, int V, bool fetch>
 MMFAST_INLINE void tile_rows(int rows, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
                              const typename Units::Unit* b, int64_t n, float* c, int64_t c_row,
                              const Epilogue& e) {
   switch (rows) {
     case 6:
-      return tile<Units, 6, V>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 6, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
     case 5:
-      return tile<Units, 5, V>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 5, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
     case 4:
-      return tile<Units, 4, V>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 4, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
     case 3:
-      return tile<Units, 3, V>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 3, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
     case 2:
-      return tile<Units, 2, V>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 2, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
     default:
-      return tile<Units, 1, V>(a, a_row, a_step, b, n, c, c_row, e);
+      return tile<Units, 1, V, fetch>(a, a_row, a_step, b, n, c, c_row, e);
   }
 }
 
@@ -172,25 +174,32 @@ constexpr int tall_rows(int groups) {
   return MMFAST_VECTOR_BYTES == 64 && groups <= 2 ? 2 * kRows : kRows;
 }
 
+template <class Units, bool fetch>
+void multiply_groups(int rows, int groups, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
+                     const typename Units::Unit* b, int64_t n, float* c, int64_t c_row, const Epilogue& e) {
+#if MMFAST_VECTOR_BYTES == 64
+  switch (groups) {
+    case 4:
+      return tile_rows<Units, 4, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
+    case 3:
+      return tile_rows<Units, 3, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
+    case 2:
+      return tile_rows<Units, 2, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
+    default:
+      return tile_rows<Units, 1, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
+  }
+#else
+  for (int j = 0; j < groups * kGroup; j += kVecs * kLanes)
+    tile_rows<Units, kVecs, fetch>(rows, a, a_row, a_step, b + j, n, c + j, c_row, e);
+#endif
+}
+
 // c [rows <= 6][16 * groups] from a [rows][n] and b [n][16 * groups], groups <= 4.
 template <class Units>
 void multiply(int rows, int groups, const typename Units::Unit* a, int64_t a_row, int64_t a_step,
               const typename Units::Unit* b, int64_t n, float* c, int64_t c_row, const Epilogue& e) {
-#if MMFAST_VECTOR_BYTES == 64
-  switch (groups) {
-    case 4:
-      return tile_rows<Units, 4>(rows, a, a_row, a_step, b, n, c, c_row, e);
-    case 3:
-      return tile_rows<Units, 3>(rows, a, a_row, a_step, b, n, c, c_row, e);
-    case 2:
-      return tile_rows<Units, 2>(rows, a, a_row, a_step, b, n, c, c_row, e);
-    default:
-      return tile_rows<Units, 1>(rows, a, a_row, a_step, b, n, c, c_row, e);
-  }
-#else
-  for (int j = 0; j < groups * kGroup; j += kVecs * kLanes)
-    tile_rows<Units, kVecs>(rows, a, a_row, a_step, b + j, n, c + j, c_row, e);
-#endif
+  if (e.fetch.n > 0) return multiply_groups<Units, true>(rows, groups, a, a_row, a_step, b, n, c, c_row, e);
+  multiply_groups<Units, false>(rows, groups, a, a_row, a_step, b, n, c, c_row, e);
 }
 
 // multiply() for up to tall_rows(groups) rows.
@@ -199,8 +208,10 @@ void multiply_tall(int rows, int groups, const typename Units::Unit* a, int64_t 
                    const typename Units::Unit* b, int64_t n, float* c, int64_t c_row, const Epilogue& e) {
   if constexpr (MMFAST_VECTOR_BYTES == 64) {
     if (rows == 2 * kRows) {
-      if (groups == 2) return tile<Units, 2 * kRows, 2>(a, a_row, a_step, b, n, c, c_row, e);
-      return tile<Units, 2 * kRows, 1>(a, a_row, a_step, b, n, c, c_row, e);
+      auto run = groups == 2 ? tile<Units, 2 * kRows, 2, false> : tile<Units, 2 * kRows, 1, false>;
+      if (e.fetch.n > 0)
+        run = groups == 2 ? tile<Units, 2 * kRows, 2, true> : tile<Units, 2 * kRows, 1, true>;
+      return run(a, a_row, a_step, b, n, c, c_row, e);
     }
     if (rows > kRows) {
       multiply<Units>(kRows, groups, a, a_row, a_step, b, n, c, c_row, e);
