@@ -66,7 +66,7 @@ struct Buffers {
     mask = arena.take<BackwardMask>(1);
     lines_of_values = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
     lines_of_keys = arena.take<const char*>(room_of<Units>(kFewKeys, dim));
-    lines_of_rows = arena.take<const char*>(room_of<Units>(2 * kScores, dim));
+    lines_of_rows = arena.take<const char*>(room_of<Units>(kScores + 2 * kBlockRows, dim));
   }
 };
 
