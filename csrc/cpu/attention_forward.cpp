@@ -27,7 +27,7 @@ struct Buffers {
   Unit* scratch;
   float* scores;               // [kBlockRows][kScores]; probabilities replace them in place
   float* highest;              // [kBlockRows][kLanes]: of the scores that need no mask
-  float *out, *maximum, *sum;  // per virtual row of the item; the maximum in units of log2
+  float *out, *maximum, *sum;  // per virtual row of the item
   float *lse, *factor;         // per row that is whole: log-sum-exp, and 1 / sum
   float* alpha;                // per row of a block, or of a panel of few queries
   uint8_t* started;            // per tile: out holds something
@@ -107,13 +107,20 @@ MMFAST_INLINE void store_weights(uint32_t* row, int j, vf x) {
   store(reinterpret_cast<bf16*>(row) + j, x);
 }
 
-// Replaces one row's scores by 2^(scale * score - shift), as units of the next product, and returns the
-// sum of each lane.
+// 2^(factor * (score - maximum)), 1 where both are equal. The factor is 1 for bfloat16, and there a
+// multiply-add leaves the additions to others.
+template <class Units>
+MMFAST_INLINE vf weight_of(vf score, vf factor, vf maximum) {
+  return exp2_approx<Units::kPack == 2>(Units::kPack == 2 ? score * factor - maximum
+                                                          : (score - maximum) * factor);
+}
+
+// Replaces one row's scores by weights, as units of the next product, and returns the sum of each lane.
 template <class Units, bool drop>
-MMFAST_INLINE vf weigh_row(float* s, const Span* spans, int first, int panels, float scale, float shift,
+MMFAST_INLINE vf weigh_row(float* s, const Span* spans, int first, int panels, float scale, float maximum,
                            const Dropout& dropout) {
   auto* weights = reinterpret_cast<typename Units::Unit*>(s);
-  const vf factor = broadcast(scale), highest = broadcast(shift);
+  const vf factor = broadcast(scale), highest = broadcast(maximum);
   vf total = {};
   for (int p = first; p < panels; ++p) {
     const int end = p * kPanel + spans[p].end * kGroup;
@@ -124,7 +131,7 @@ MMFAST_INLINE vf weigh_row(float* s, const Span* spans, int first, int panels, f
                      dropout.key + uint32_t(p * kPanel), dropout.p);
     }
     for (int j = p * kPanel + spans[p].begin * kGroup; j < end; j += kLanes) {
-      vf x = exp2_approx<Units::kPack == 2>(load(s + j) * factor - highest);
+      vf x = weight_of<Units>(load(s + j), factor, highest);
       total = total + x;
       if constexpr (drop) {
         x = select(lanes_of(stays, j - p * kPanel), x * broadcast(1.0f / (1.0f - dropout.p)), vf{});
@@ -284,9 +291,9 @@ struct Forward {
     }
     if (n % 2) highest = vmax(highest, load(end - kPanel));
     const vf before = load(w.maximum + r + column), factor = broadcast(scale.log2);
-    const vf maximum = vmax(before, vmax(highest, other) * factor);
+    const vf maximum = vmax(before, vmax(highest, other));
     const vf shift = select(maximum == broadcast(-kInfinity), vf{}, maximum);
-    auto weight = [&](const float* s) { return exp2_approx<Units::kPack == 2>(load(s) * factor - shift); };
+    auto weight = [&](const float* s) { return weight_of<Units>(load(s), factor, shift); };
     vf total = {}, odd = {};
     Unit* units_of = reinterpret_cast<Unit*>(begin);
     for (float* s = begin; s < end; s += 2 * kPanel) {
@@ -302,7 +309,7 @@ struct Forward {
         units_of += kPanel;
       }
     }
-    const vf alpha = exp2_approx(before - shift);
+    const vf alpha = exp2_approx((before - shift) * factor);
     store(w.alpha + column, alpha);
     store(w.sum + r + column, load(w.sum + r + column) * alpha + (total + odd));
     store(w.maximum + r + column, maximum);
@@ -389,11 +396,11 @@ struct Forward {
       maximum[i] = max_lanes(lanes[i]);
     }
     for (int i = 0; i < kLanesOfRows; i += kLanes) {
-      const vf b = load(before + i), m = vmax(load(maximum + i) * broadcast(scale.log2), b);
+      const vf b = load(before + i), m = vmax(load(maximum + i), b);
       const vf d = select(m == broadcast(-kInfinity), vf{}, m);
       store(maximum + i, m);
       store(shift + i, d);
-      store(alpha + i, exp2_approx(b - d));
+      store(alpha + i, exp2_approx((b - d) * broadcast(scale.log2)));
     }
     for (int i = 0; i < height; ++i) {
       if (p.dropout_p > 0) {
@@ -456,12 +463,14 @@ struct Forward {
 
   // The rows from r on, a multiple of kLanes, have met all their keys.
   void complete(int64_t r, int rows) {
+    const double factor = scale.log2 * 0.6931471805599453;
     for (const int64_t end = r + rows; r < end; r += kLanes) {
-      const vf sum = load(w.sum + r), maximum = load(w.maximum + r);
-      const vf lse =
-          maximum * broadcast(0.69314718f) + (maximum * broadcast(-1.9046543e-9f) + log_approx(sum));
+      const vf sum = load(w.sum + r);
       const vi empty = sum == vf{};
-      store(w.lse + r, select(empty, broadcast(-kInfinity), lse));
+      float log[kLanes], lse[kLanes];
+      store(log, log_approx(sum));
+      for (int i = 0; i < kLanes; ++i) lse[i] = float(w.maximum[r + i] * factor + log[i]);
+      store(w.lse + r, select(empty, broadcast(-kInfinity), load(lse)));
       store(w.factor + r, select(empty, vf{}, broadcast(1.0f) / sum));
     }
   }
