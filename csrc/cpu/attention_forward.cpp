@@ -158,6 +158,7 @@ struct Forward {
   const int64_t q0 = p.layout_q.begin(item.sample), k0 = p.layout_k.begin(item.sample);
   const int64_t keys = p.layout_k.length(item.sample);
   const Side side_q = side_of(p.layout_q, item.sample), side_k = side_of(p.layout_k, item.sample);
+  int64_t base = 0;      // the row whose sums are the first of w.out
   Lines later{nullptr};  // keys and values that are packed next
 
   const T* row_of(const HeadsView& x, int64_t r) const {
@@ -176,6 +177,7 @@ struct Forward {
       summarize_keys(key, end);
       for (int64_t r = 0; r < rows; r += kBlockRows) {
         const int n = rows - r < kBlockRows ? int(rows - r) : kBlockRows;
+        if (keys <= capacity) base = r;  // no other block is begun before this one is finished
         block(r, n, key, end, next);
         if (end == keys) finish(r, n);
       }
@@ -449,7 +451,7 @@ struct Forward {
         multiply<Units>(height, int(width) / kGroup,
                         reinterpret_cast<const Unit*>(w.scores + t * kRows * kScores) + begin, kScores, 1,
                         w.values + d / kPanel * (capacity / Units::kPack) * kPanel + (first + begin) * kPanel,
-                        end - begin, w.out + (r + t * kRows) * narrow + d, narrow, e);
+                        end - begin, w.out + (r + t * kRows - base) * narrow + d, narrow, e);
       }
       started = 1;
       fresh = false;
@@ -480,7 +482,7 @@ struct Forward {
       const int64_t row = item.begin + r + i;
       const int head = int(head_k * group + row % group);
       T* out = const_cast<T*>(rows_of<T>(p.out, q0 + row / group, head).data);
-      const float* acc = w.out + (r + i) * narrow;
+      const float* acc = w.out + (r + i - base) * narrow;
       const bool empty = w.lse[r + i] == -kInfinity;
       const vf factor = broadcast(w.factor[r + i]);
       for (int64_t d = 0; d < p.dim; d += kLanes) {
