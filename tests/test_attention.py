@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mmfast
-from mmfast import Layout, ModalityMask
+from mmfast import Layout, ModalityMask, Rule
 from mmfast._native import available_isas, cpu_refusal, use_isa
 from mmfast.nn import attention_map
 from mmfast.ops import attention as op
@@ -146,6 +146,18 @@ def test_softcap(softcap, dtype, isa):
 def test_softmax_scale(scale):
     layout = Layout.from_lengths([17, 130])
     check(inputs(layout, dim=16), layout, None, ModalityMask.causal(), softmax_scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_that_see_one_key_are_exact(isa, dtype):
+    layout = Layout.from_lengths([600])
+    q, k, v, dout = inputs(layout, dtype=dtype)
+    itself = ModalityMask({}, default=Rule.SAME)
+    with use_isa(isa):
+        out, _, dq, dk, _ = results([q * 10, k, v, dout], layout, None, itself)
+    assert torch.equal(out, v)
+    assert not dq.any() and not dk.any()
 
 
 def test_large_scores_do_not_overflow():
