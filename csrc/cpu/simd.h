@@ -210,11 +210,11 @@ MMFAST_INLINE vf exp2_approx(vf x) {
 #endif
 }
 
-// Natural logarithm of a positive, normal x, NaN for NaN; relative error 2e-7.
+// Natural logarithm of a positive, normal x, NaN for NaN; relative error 2e-7. Others give any number.
 MMFAST_INLINE vf log_approx(vf x) {
-  const vi exponent =
-      ((vi)x - 0x3f3504f3) >> 23;  // x = 2^exponent * (1 + f), 1 + f from sqrt(1/2) to sqrt(2)
-  const vf f = (vf)((vi)x - (exponent << 23)) - splat(1.0f);
+  // x = 2^exponent * (1 + f), with 1 + f from sqrt(1/2) to sqrt(2).
+  const vi exponent = (vi)((vu)x - 0x3f3504f3u) >> 23;
+  const vf f = (vf)((vu)x - ((vu)exponent << 23)) - splat(1.0f);
   vf p = splat(8.7004013e-2f);
   p = p * f + splat(-1.4266932e-1f);
   p = p * f + splat(1.4914508e-1f);
