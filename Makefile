@@ -72,8 +72,9 @@ $(VENV)/.built: $(VENV)/.environment $(NATIVE)
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
+# -fexpensive-optimizations: multiply-adds stay one operation with one rounding, as in a release.
 asan: $(VENV)/.environment
-	MMFAST_BUILD_CUDA=0 MMFAST_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+	MMFAST_BUILD_CUDA=0 MMFAST_CXXFLAGS="-O1 -fexpensive-optimizations -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	  $(BIN)/python setup.py -q build_ext --build-temp build/asan --build-lib build/asan/lib
 	rm -rf build/asan/package && mkdir -p build/asan/package
 	cp -r mmfast build/asan/package/ && cp build/asan/lib/mmfast/_cpu*.so build/asan/package/mmfast/
