@@ -22,6 +22,9 @@ constexpr int kPanel = 64;                                // columns of a panel
 constexpr int kGroup = 16;                                // columns computed or left out together
 constexpr int kRows = 6;                                  // rows of a register tile
 constexpr int kVecs = MMFAST_VECTOR_BYTES == 64 ? 4 : 2;  // vectors of a register tile
+// Steps for one turn of the loop. Two loads and six broadcasts for 12 multiply-adds of narrow vectors leave
+// the decoder little time for anything else.
+constexpr int kUnroll = MMFAST_VECTOR_BYTES == 64 ? 1 : 4;
 
 // x - 0 is x for every x, so the compiler drops it; 0 + x is not.
 MMFAST_INLINE vf broadcast(float x) {
@@ -84,28 +87,41 @@ template <class Units, int R, int V, bool fetch>
 __attribute__((noinline)) void tile(const typename Units::Unit* a, int64_t a_row, int64_t a_step,
                                     const typename Units::Unit* b, int64_t n, float* c, int64_t c_row,
                                     const Epilogue& epilogue) {
+  using Unit = typename Units::Unit;
   vf sum[R][V] = {};
-  auto step = [&]() __attribute__((always_inline)) {
+  int64_t row[R];  // bytes
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) row[r] = r * a_row * int64_t(sizeof(Unit));
+  auto step = [&](int64_t k) __attribute__((always_inline)) {
     typename Units::Vector column[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) column[j] = Units::load_units(b + j * kLanes);
+    for (int j = 0; j < V; ++j) column[j] = Units::load_units(b + k * kPanel + j * kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const typename Units::Vector x = Units::load_unit(a + r * a_row);
+      const char* first = reinterpret_cast<const char*>(a) + row[r];
+      const typename Units::Vector x = Units::load_unit(reinterpret_cast<const Unit*>(first) + k);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) sum[r][j] = Units::multiply_add(sum[r][j], x, column[j]);
     }
-    a += a_step;
-    b += kPanel;
   };
   int64_t i = 0;
   if constexpr (fetch) {
-    for (; i < epilogue.fetch.n; ++i) {
-      step();
+    for (; i < epilogue.fetch.n; ++i, a += a_step, b += kPanel) {
+      step(0);
       __builtin_prefetch(epilogue.fetch.lines[i]);
     }
   }
-  for (; i < n; ++i) step();
+  if (kUnroll > 1 && a_step == 1) {
+    for (; i + kUnroll <= n; i += kUnroll, a += kUnroll, b += kUnroll * kPanel) {
+      // Opaque, or the compiler keeps a pointer for each row and step, and spills them.
+      asm("" : "+r"(a), "+r"(b));
+#pragma GCC unroll 12
+      for (int r = 1; r < R; ++r) asm("" : "+r"(row[r]));
+#pragma GCC unroll 4
+      for (int k = 0; k < kUnroll; ++k) step(k);
+    }
+  }
+  for (; i < n; ++i, a += a_step, b += kPanel) step(0);
   switch (epilogue.store) {
     case Store::set: {
       const vf factor = broadcast(epilogue.factor);
@@ -189,8 +205,9 @@ void multiply_groups(int rows, int groups, const typename Units::Unit* a, int64_
       return tile_rows<Units, 1, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
   }
 #else
-  for (int j = 0; j < groups * kGroup; j += kVecs * kLanes)
-    tile_rows<Units, kVecs, fetch>(rows, a, a_row, a_step, b + j, n, c + j, c_row, e);
+  tile_rows<Units, kVecs, fetch>(rows, a, a_row, a_step, b, n, c, c_row, e);
+  for (int j = kVecs * kLanes; j < groups * kGroup; j += kVecs * kLanes)
+    tile_rows<Units, kVecs, false>(rows, a, a_row, a_step, b + j, n, c + j, c_row, e);
 #endif
 }
 
@@ -316,6 +333,26 @@ MMFAST_INLINE void transpose_group(const Unit* const* rows, int64_t units, Unit*
     _mm512_storeu_pd(out + (d + 1) * kPanel, _mm512_unpackhi_pd(a, c));
     _mm512_storeu_pd(out + (d + 2) * kPanel, _mm512_unpacklo_pd(b, e));
     _mm512_storeu_pd(out + (d + 3) * kPanel, _mm512_unpackhi_pd(b, e));
+  }
+#elif defined(__AVX2__)
+  // The same by eight rows.
+  for (int64_t d = 0; d < units; d += 4) {
+    for (int j = 0; j < kGroup; j += 8) {
+      __m256 x[4];
+      for (int i = 0; i < 4; ++i) {
+        const float *low = rows[j + i] + d, *high = rows[j + 4 + i] + d;
+        x[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+      }
+      const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(x[0], x[1]));
+      const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(x[0], x[1]));
+      const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(x[2], x[3]));
+      const __m256d e = _mm256_castps_pd(_mm256_unpackhi_ps(x[2], x[3]));
+      double* to = reinterpret_cast<double*>(out + d * kPanel + j);
+      _mm256_storeu_pd(to, _mm256_unpacklo_pd(a, c));
+      _mm256_storeu_pd(to + kPanel / 2, _mm256_unpackhi_pd(a, c));
+      _mm256_storeu_pd(to + kPanel, _mm256_unpacklo_pd(b, e));
+      _mm256_storeu_pd(to + kPanel / 2 * 3, _mm256_unpackhi_pd(b, e));
+    }
   }
 #else
   for (int64_t d = 0; d < units; ++d)

@@ -95,12 +95,13 @@ MMFAST_INLINE void store(bf16* p, vf v) {
   std::memcpy(p, &half, sizeof half);
 #else
   const vu bits = (vu)v;
-  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const vu quiet = (bits >> 16) | 0x40u;
-  const vu nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
-  const vu bits16 = (quiet & nan) | (rounded & ~nan);
+  const vu rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const vu bits16 = (v != v ? bits | 0x400000u : rounded) >> 16;
 #if defined(__AVX512F__)
   const vh half = (vh)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits16);  // without mask GCC 12 warns
+#elif defined(__AVX2__)
+  const __m128i half =
+      _mm_packus_epi32(_mm256_castsi256_si128((__m256i)bits16), _mm256_extracti128_si256((__m256i)bits16, 1));
 #else
   const vh half = __builtin_convertvector(bits16, vh);
 #endif
@@ -130,6 +131,8 @@ MMFAST_INLINE vf select(vi condition, vf a, vf b) {
 MMFAST_INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
 #endif
@@ -137,6 +140,8 @@ MMFAST_INLINE vf vmax(vf a, vf b) {
 MMFAST_INLINE vf vmin(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
 #else
   return a < b ? a : b;
 #endif
@@ -194,9 +199,10 @@ MMFAST_INLINE vf exp2_approx(vf x) {
   p = p * f + splat(1.0f);
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2^floor(x)
 #else
-  const vf clamped = vmax(vmin(x, splat(127.0f)), splat(-127.0f));
-  const vf shifted = clamped + splat(12582912.0f);        // 1.5 * 2^23: rounds to an integer in the low bits
-  const vf f = clamped - (shifted - splat(12582912.0f));  // in [-0.5, 0.5]
+  const vf clamped = vmax(splat(-127.0f), x);
+  // 1.5 * 2^23 + 127: rounds to an integer, whose biased exponent it leaves in the low bits; 0 for -127.
+  const vf shifted = clamped + splat(12583039.0f);
+  const vf f = clamped - (shifted - splat(12583039.0f));  // in [-0.5, 0.5]
   vf p = splat(1.5353362e-4f);
   p = p * f + splat(1.3398874e-3f);
   p = p * f + splat(9.6184370e-3f);
@@ -204,9 +210,7 @@ MMFAST_INLINE vf exp2_approx(vf x) {
   p = p * f + splat(2.4022648e-1f);
   p = p * f + splat(6.9314720e-1f);
   p = p * f + splat(1.0f);
-  const vi exponent = ((vi)shifted - 0x4b400000) << 23;
-  const vf scaled = (vf)((vi)p + exponent);
-  return select(x < splat(-126.0f), splat(0.0f), select(x != x, x, scaled));
+  return p * (vf)((vu)shifted << 23);
 #endif
 }
 
