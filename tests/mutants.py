@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,7 +110,10 @@ def _module(op: str) -> str:
 
 
 def verdicts(tree: Path, ops: list[str]) -> dict[str, str]:
-    """Runs the tests under every mutant of `ops`: its name -> the first test that failed, "" where none did."""
+    """Runs the tests under every mutant of `ops`: its name -> the first test that failed, "" where none did.
+
+    Without a mutant, as `{op}: unchanged, i/n`, the tests that noticed one must pass.
+    """
     workers = min(os.cpu_count() or 1, 4)
     runs = []
     for worker in range(workers):
@@ -125,69 +129,73 @@ def verdicts(tree: Path, ops: list[str]) -> dict[str, str]:
     return found
 
 
-class _LikelyFirst:
-    """Runs first the tests that noticed most mutants, then a case of each, then another; keeps the first that fails."""
+class _Judge:
+    """A pytest plugin that runs the collected tests once for each mutant, up to the first that fails.
 
-    def __init__(self, noticed: Counter):
-        self.noticed, self.failed = noticed, ""
+    Each run is a child, which finds everything imported and collected, and whose memory nobody needs afterwards.
+    """
 
-    def pytest_collection_modifyitems(self, items):
+    def __init__(self, op: str, share: str, set_mutant: Callable[[int], None]):
+        first_one, step = map(int, share.split("/"))
+        mutants = [(number, mutant[2]) for number, mutant in enumerate(MUTANTS, start=1) if mutant[0] == op]
+        self.mutants, self.unchanged = mutants[first_one::step], f"unchanged, {share}"
+        self.op, self.set_mutant = op, set_mutant
+        self.found: dict[str, str] = {}
+        self.noticed = Counter()  # how many mutants a test has noticed
+
+    def pytest_runtestloop(self, session):
         cases = Counter()
         place = {}
-        for item in items:
-            place[item] = cases[item.nodeid.split("[")[0]]
-            cases[item.nodeid.split("[")[0]] += 1
-        items.sort(key=lambda item: (-self.noticed[item.nodeid], place[item]))
+        for item in session.items:
+            name = item.nodeid.split("[")[0]
+            place[item] = cases[name]
+            cases[name] += 1
+        for number, what in self.mutants:
+            # First the tests that noticed most mutants, then a case of each, then another.
+            items = sorted(session.items, key=lambda item: (-self.noticed[item.nodeid], place[item]))
+            self.noticed[self.judge(session, number, what, items)] += 1
+        self.judge(session, 0, self.unchanged, [item for item in session.items if self.noticed[item.nodeid]])
+        return True
 
-    def pytest_runtest_logreport(self, report):
-        if report.failed and not self.failed:
-            self.failed = report.nodeid
-
-
-def _first_failure(op: str, set_mutant, number: int, noticed: Counter) -> str:
-    """The first test that fails; or how the process ended: what writes where it should not may well end it.
-
-    In a child, whose memory nobody needs afterwards, with everything imported already.
-    """
-    import pytest
-
-    options = ["-x", "-q", "--no-header", "--no-summary", "--tb=native", "-p", "no:cacheprovider", "-m", "not slow"]
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        set_mutant(number)
-        first = _LikelyFirst(noticed)
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            pytest.main([*options, *(f"tests/{name}" for name in TESTS[op])], plugins=[first])
-        os.write(writing, first.failed.encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        failed = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status:
-        return f"the process ended with {status}"
-    noticed[failed] += 1
-    return failed
+    def judge(self, session, number: int, what: str, items: list) -> str:
+        """The first test that fails or ends the process: what writes where it should not may well do that."""
+        begin = time.monotonic()
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            self.set_mutant(number)
+            for item, following in zip(items, [*items[1:], None]):
+                os.write(writing, f"{item.nodeid}\n".encode())
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if session.testsfailed:
+                    os._exit(1)
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            begun = pipe.read().splitlines()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if not begun:
+            raise RuntimeError(f"mutants: no test of {self.op} was run for: {what}")
+        failed = self.found[f"{self.op}: {what}"] = begun[-1] if status else ""
+        seconds = time.monotonic() - begin
+        print(f"{self.op}: {what}: {failed or 'survived'} ({seconds:.1f} s)", file=sys.stderr, flush=True)
+        return failed
 
 
 def _run(share: str, ops: list[str]) -> None:
-    """Every n-th mutant from the i-th on, for a share of "i/n"."""
+    """Every n-th mutant from the i-th on, for a share of "i/n"; then the right kernels."""
+    import pytest
     import torch._dynamo  # noqa: F401  the first call of an op imports it: seconds for every child
 
     found = {}
-    first_one, step = map(int, share.split("/"))
+    options = ["-q", "--no-header", "--no-summary", "--tb=native", "-p", "no:cacheprovider", "-m", "not slow"]
     for op in ops:
-        set_mutant = ctypes.CDLL(_module(op)).mmfast_set_mutant
-        chosen = [(0, "unchanged")] + [(i, m[2]) for i, m in enumerate(MUTANTS, start=1) if m[0] == op]
-        noticed = Counter()
-        for number, what in chosen[first_one::step]:
-            begin = time.monotonic()
-            found[f"{op}: {what}"] = failed = _first_failure(op, set_mutant, number, noticed)
-            seconds = time.monotonic() - begin
-            print(f"{op}: {what}: {failed or 'survived'} ({seconds:.1f} s)", file=sys.stderr, flush=True)
+        judge = _Judge(op, share, ctypes.CDLL(_module(op)).mmfast_set_mutant)
+        status = pytest.main([*options, *(f"tests/{name}" for name in TESTS[op])], plugins=[judge])
+        if status:
+            raise RuntimeError(f"mutants: pytest ended with status {status} on the tests of {op}")
+        found |= judge.found
     print("\n" + json.dumps(found))
 
 

@@ -160,11 +160,22 @@ def test_rows_that_see_one_key_are_exact(isa, dtype):
     assert not dq.any() and not dk.any()
 
 
-def test_large_scores_do_not_overflow():
-    layout = Layout.from_lengths([70])
-    q, k, v, dout = inputs(layout)
-    out, lse, *gradients = results([q * 300, k * 300, v, dout], layout)
-    assert all(bool(x.isfinite().all()) for x in (out, lse, *gradients))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("queries", [3, 70])
+def test_one_score_far_above_the_rest(queries, isa, dtype):
+    """Key i of sample i takes all the weight: a maximum that misses it lets its exponential overflow."""
+    keys = 70
+    layout, other = Layout.from_lengths([queries] * keys), Layout.from_lengths([keys] * keys)
+    q, k, v, dout = inputs(layout, other, heads=1, dim=16, dtype=dtype)
+    first, highest = torch.arange(16) == 0, torch.arange(keys) * (keys + 1)
+    q, k = first.to(dtype).expand_as(q), torch.zeros_like(k)
+    k[highest, 0, 0] = 300
+    with use_isa(isa):
+        out, lse, *gradients = results([q, k, v, dout], layout, other, softmax_scale=1.0)
+    assert torch.equal(out, v[highest].repeat_interleave(queries, 0))
+    assert torch.equal(lse, torch.full_like(lse, 300))
+    assert all(bool(x.isfinite().all()) for x in gradients)
 
 
 # Dropout

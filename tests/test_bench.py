@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mmfast import cli
-from mmfast.testing import cases, machine, memory, picture, report, suite, train_step
+from mmfast.testing import cases, ceilings, machine, memory, picture, report, suite, train_step
 from mmfast.testing.bench import interleaved
 from mmfast.testing.cases import Case, Contest, agree
 
@@ -66,6 +66,9 @@ def test_interleaving_repeats_what_is_quick_and_keeps_every_round():
     calls["quick"], now = 0, iter(range(10**6))
     interleaved({"quick": lambda: count("quick")}, rounds=(4, 4), clock=lambda: next(now) * 1e-3)
     assert calls["quick"] == 2 + 4 * (1 + 2)  # a tick is a millisecond: two calls a sample, one before it
+    now = iter(range(0, 10**6, 6))
+    times = interleaved({"long": lambda: count("slow")}, rounds=(5, 5), clock=lambda: next(now))
+    assert times == {"long": [6, 6]}
 
 
 class Clock:
@@ -107,6 +110,7 @@ def toys(monkeypatch):
     made.append(dataclasses.replace(made[0], workload="long", quick=False))
     monkeypatch.setattr(cases, "all_cases", lambda small=False: made)
     monkeypatch.setattr(suite, "interleaved", functools.partial(interleaved, clock=CLOCK))
+    monkeypatch.setattr(ceilings, "matrix_products", functools.partial(ceilings.matrix_products, size=64))
     monkeypatch.setattr(suite, "QUICK", suite.Effort(0.0, (2, 2)))
     monkeypatch.setattr(
         memory, "measure", lambda contrastive: [{"name": "toy", "grows_by": 2**21, "tensors": 2**20, "peak": 2**22}]
@@ -130,6 +134,7 @@ def test_the_command_end_to_end(toys, tmp_path, capsys):
         "suite",
         "quick",
         "only",
+        "stopped",
         "absent",
         "cases",
         "ceilings",
@@ -153,6 +158,21 @@ def test_the_command_end_to_end(toys, tmp_path, capsys):
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in rows)
     assert (tmp_path / "results.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("measured", [0, 1])
+def test_what_was_measured_before_an_interrupt_is_written(measured, toys, tmp_path, capsys):
+    def stop(device):
+        raise KeyboardInterrupt
+
+    made = cases.all_cases()
+    made[measured] = dataclasses.replace(made[measured], make=stop)
+    assert cli.main(["bench", "--out", str(tmp_path)]) == 130
+    assert f"interrupted with {measured} of 4 cases measured" in capsys.readouterr().out
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert [row["workload"] for row in result["cases"]] == ["wins"][:measured] and result["memory"] == []
+    table = (tmp_path / "results.md").read_text()
+    assert f"Not a whole run: interrupted with {measured} of 4 cases measured." in table
 
 
 def test_only_and_quick_choose_cases(toys):

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 SAMPLE = 2e-3  # seconds: what is faster is repeated within one sample
 WARM = 1e-2  # seconds: what is faster runs once before its sample
+LONG = 5.0  # seconds: what is slower has its turn in the first LONG_ROUNDS rounds only
+LONG_ROUNDS = 2
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
@@ -22,6 +24,8 @@ def interleaved(
     timer: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each function, one number per round; in every round each has its turn, in a seeded order.
+
+    What takes longer than LONG has its turn in the first LONG_ROUNDS only, or one case would take minutes.
 
     What is quick runs once before the clock starts, and so finds the caches as it leaves them itself. Otherwise its
     time would hold what the one before left to do: to write back an output from the cache, to read its own code again.
@@ -37,7 +41,7 @@ def interleaved(
     def sample(function, calls):
         return timer(function) if timer else _sample(function, calls, clock)
 
-    calls, warm, cost = {}, set(), 0.0
+    calls, warm, long, cost = {}, set(), set(), 0.0
     for name, function in functions.items():
         once = sample(function, 1)
         if once < 10 * SAMPLE:  # the first call of a quick one tells little
@@ -45,11 +49,15 @@ def interleaved(
         calls[name] = 1 if timer else max(1, round(SAMPLE / max(once, 1e-7)))
         if once < WARM and not timer:
             warm.add(name)
+        if once > LONG:
+            long.add(name)
         cost += once * (calls[name] + (name in warm))
     count = min(max(int(seconds / cost), rounds[0]), rounds[1])
     times: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(count):
         for name in random.Random(i).sample(sorted(functions), len(functions)):
+            if i >= LONG_ROUNDS and name in long:
+                continue
             if name in warm:
                 functions[name]()
             times[name].append(sample(functions[name], calls[name]))

@@ -74,6 +74,6 @@ def matrix_products(seconds: float = 0.5, size: int = 1024) -> dict[str, list[fl
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        times = interleaved({name: lambda a=a, b=b: a @ b}, seconds=seconds / 2)[name]
+        times = interleaved({name: lambda a=a, b=b: a @ b}, seconds=seconds / 2, rounds=(2, 101))[name]
         found[f"torch matmul {name}, {size}"] = [2 * size**3 / t for t in times]
     return found

@@ -11,7 +11,7 @@ import torch
 
 
 def bench(suite: str, out: str, *, quick: bool, only: Sequence[str], threads: int | None) -> int:
-    """Status 0, or 1 where a case was wrong."""
+    """Status 0, 1 where a case was wrong, or 130 where an interrupt ended it; what was measured is always written."""
     if threads:
         torch.set_num_threads(threads)
     if suite == "gpu" and not torch.cuda.is_available():
@@ -60,4 +60,7 @@ def bench(suite: str, out: str, *, quick: bool, only: Sequence[str], threads: in
     for text in report.losses(result):
         print(f"  {text}")
     print(f"\n{time.monotonic() - begin:.0f} s; wrote {', '.join(map(str, wrote))}")
+    if result["stopped"]:
+        print(result["stopped"])
+        return 130
     return 1 if any("failed" in row for row in [*result["cases"], *result["memory"]]) else 0

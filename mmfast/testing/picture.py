@@ -35,7 +35,7 @@ def draw(result: dict, path: Path) -> None:
         (shares, "% of the ceiling measured beside it"),
     ):
         axis.set_yticks(range(len(labels)), labels if axis is ratios else [""] * len(labels), fontsize=8)
-        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.set_ylim(max(len(labels), 1) - 0.5, -0.5)
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     ratios.set_xscale("log", base=2)

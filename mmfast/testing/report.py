@@ -99,6 +99,7 @@ def markdown(result: dict) -> str:
         f"mmfast {result['versions']['mmfast']}{' at ' + result['commit'] if result['commit'] else ''}, "
         f"{result['date'][:10]}; `{command(result)}`.",
         "",
+        *([f"Not a whole run: {result['stopped']}.", ""] if result.get("stopped") else []),
         "Medians of interleaved rounds. A cell: time; rate and share of the ceiling measured beside it; how many times",
         "as long each peer takes. "
         + (

@@ -140,6 +140,8 @@ def run(
 ) -> dict:
     """All chosen cases that fit; returns the whole result, ready for JSON.
 
+    An interrupt ends the measurement, not the run: the result then has the cases that were ready, and says so.
+
     Args:
         say: gets one line for each case.
         fits: whether there is time for the case of this name.
@@ -150,6 +152,7 @@ def run(
     device = torch.device(device)
     result = machine.describe() | {"suite": device.type, "quick": quick, "only": list(only)}
     result["absent"] = machine.absent_peers()
+    result["stopped"] = None
     products: dict[str, list[float]] = {}
 
     def measure_products():
@@ -157,27 +160,30 @@ def run(
         for name, rates in found.items():
             products.setdefault(name, []).extend(rates)
 
-    rows = []
-    with progress(len(chosen), say) as tell:
-        for i, case in enumerate(sorted(chosen, key=lambda case: not case.new_pages)):
-            if not fits(case.name):
-                continue
-            if i % 25 == 0:
-                measure_products()
-            try:
-                rows.append(run_case(case, effort, device))
-            except Exception as error:
-                if device.type == "cpu":
-                    raise
-                rows.append(head(case) | {"failed": refusal(error)})  # out of memory, say; a GPU's hour is not lost
-            keep(rows[-1])
-            tell(line(rows[-1]))
-        measure_products()
+    rows, result["memory"] = [], []
+    try:
+        with progress(len(chosen), say) as tell:
+            for i, case in enumerate(sorted(chosen, key=lambda case: not case.new_pages)):
+                if not fits(case.name):
+                    continue
+                if i % 25 == 0:
+                    measure_products()
+                try:
+                    rows.append(run_case(case, effort, device))
+                except Exception as error:
+                    if device.type == "cpu":
+                        raise
+                    rows.append(head(case) | {"failed": refusal(error)})  # out of memory, say; a GPU's hour is not lost
+                keep(rows[-1])
+                tell(line(rows[-1]))
+            measure_products()
+        if device.type == "cpu" and (not only or any(name.lower() in memory.NAME for name in only)):
+            result["memory"] = memory.measure(contrastive=not quick)
+    except KeyboardInterrupt:
+        result["stopped"] = f"interrupted with {len(rows)} of {len(chosen)} cases measured"
     place = {case.name: i for i, case in enumerate(chosen)}
     result["cases"] = rows = sorted(rows, key=lambda row: place[row["name"]])
     result["ceilings"] = summary(rows, products)
-    wanted = not only or any(name.lower() in memory.NAME for name in only)
-    result["memory"] = memory.measure(contrastive=not quick) if wanted and device.type == "cpu" else []
     return result
 
 
