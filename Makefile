@@ -27,7 +27,7 @@ demo: $(VENV)/.built
 	$(BIN)/mmfast demo $(if $(QUICK),--quick) --out runs/demo
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: $(VENV)/.built
 	$(BIN)/mmfast bench $(if $(QUICK),--quick) --out runs/bench
