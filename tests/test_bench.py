@@ -6,7 +6,9 @@ import dataclasses
 import fnmatch
 import functools
 import json
+import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -163,7 +165,7 @@ def test_the_command_end_to_end(toys, tmp_path, capsys):
 @pytest.mark.parametrize("measured", [0, 1])
 def test_what_was_measured_before_an_interrupt_is_written(measured, toys, tmp_path, capsys):
     def stop(device):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), (signal.SIGINT, signal.SIGTERM)[measured])
 
     made = cases.all_cases()
     made[measured] = dataclasses.replace(made[measured], make=stop)

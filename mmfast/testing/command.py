@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,11 @@ def bench(suite: str, out: str, *, quick: bool, only: Sequence[str], threads: in
         available = all_cases()
     chosen = cases.choose(only, quick, available)
     effort = cases.QUICK if quick else cases.Effort()
-    result = cases.run(chosen, effort, only=only, quick=quick, device=device)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        result = cases.run(chosen, effort, only=only, quick=quick, device=device)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "results.md").write_text(report.markdown(result))
     wrote = [folder / "results.json", folder / "results.md"]
