@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,8 @@ TESTS = {
     "cuda_attention": ("test_cuda_attention.py",),
     "cuda_perturbation": ("test_cuda_perturbation.py",),
 }
+
+_BROKEN = 86  # the status of a child in which no test failed but pytest itself
 
 _SPOT = re.compile(r"\{\{(.*?) => (.*?)\}\}", re.DOTALL)
 
@@ -164,17 +167,23 @@ class _Judge:
         child = os.fork()
         if child == 0:
             os.close(reading)
-            self.set_mutant(number)
-            for item, following in zip(items, [*items[1:], None]):
-                os.write(writing, f"{item.nodeid}\n".encode())
-                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-                if session.testsfailed:
-                    os._exit(1)
-            os._exit(0)
+            try:
+                self.set_mutant(number)
+                for item, following in zip(items, [*items[1:], None]):
+                    os.write(writing, f"{item.nodeid}\n".encode())
+                    item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                    if session.testsfailed:
+                        os._exit(1)
+                os._exit(0)
+            except BaseException:  # of pytest: the tests' own end in a report
+                traceback.print_exc()
+                os._exit(_BROKEN)
         os.close(writing)
         with os.fdopen(reading) as pipe:
             begun = pipe.read().splitlines()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == _BROKEN:
+            raise RuntimeError(f"mutants: pytest broke on the tests of {self.op} for: {what}")
         if not begun:
             raise RuntimeError(f"mutants: no test of {self.op} was run for: {what}")
         failed = self.found[f"{self.op}: {what}"] = begun[-1] if status else ""

@@ -12,7 +12,7 @@ import torch
 
 
 def bench(suite: str, out: str, *, quick: bool, only: Sequence[str], threads: int | None) -> int:
-    """Status 0, 1 where a case was wrong, or 130 where an interrupt ended it; what was measured is always written."""
+    """Status 0, 1 where a case was wrong, or 130 where Ctrl-C or SIGTERM ended it, measured cases kept."""
     if threads:
         torch.set_num_threads(threads)
     if suite == "gpu" and not torch.cuda.is_available():

@@ -100,8 +100,8 @@ def markdown(result: dict) -> str:
         f"{result['date'][:10]}; `{command(result)}`.",
         "",
         *([f"Not a whole run: {result['stopped']}.", ""] if result.get("stopped") else []),
-        "Medians of interleaved rounds. A cell: time; rate and share of the ceiling measured beside it; how many times",
-        "as long each peer takes. "
+        "Medians of interleaved rounds, two of what takes over 5 s a call. A cell: time; rate and share of the ceiling",
+        "measured beside it; how many times as long each peer takes. "
         + (
             "Seconds are the device's, by events, with a cold cache and without gaps between launches."
             if result["suite"] == "cuda"
